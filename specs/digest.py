@@ -1,0 +1,163 @@
+"""Digests that decide whether work is done again.
+
+What it is: sha256 of canonical JSON, of files, and of a module's source with everything it imports here.
+What it refuses to be: sensitive to what changes nothing. Comments, blank lines and docstrings do not count;
+any other edit of any project module in the import closure does, also when imported inside a function.
+Run it: `python -m specs.digest tasks.quantize` prints a digest and the modules behind it.
+"""
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PROJECT_PACKAGES = ("specs", "engine_plugins", "tasks", "flows")
+NATIVE_SUFFIXES = (".cpp", ".h", ".hpp", ".cu", ".cuh")
+_CHUNK_BYTES = 8 << 20
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling of a JSON value: sorted keys, no spaces, UTF-8, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def json_sha256(value: Any) -> str:
+    """Hex sha256 of the canonical JSON of a value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read once in large pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(_CHUNK_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def module_closure_digest(module: str, root: Path | None = None) -> str:
+    """Hex sha256 over the meaning of a module and of all project modules it imports, directly or not.
+
+    Below engine_plugins the C++ and CUDA sources beside an imported module count as well, byte by byte:
+    they are compiled when the module runs.
+    """
+    base = root or Path(__file__).resolve().parent.parent
+    parts = [f"{name} {_source(path).digest}" for name, path in module_closure(module, base).items()]
+    parts += [f"{path.relative_to(base).as_posix()} {_bytes_digest(path)}" for path in _native_sources(module, base)]
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def module_closure(module: str, root: Path | None = None) -> dict[str, Path]:
+    """Dotted name -> file of a module and of every project module it reaches through imports."""
+    base = root or Path(__file__).resolve().parent.parent
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _find(name, base)
+        if name in found or path is None:
+            continue
+        found[name] = path
+        waiting += _parents(name)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += _absolute(_source(path).imports, package)
+    return dict(sorted(found.items()))
+
+
+class _Source:
+    """One parsed module: its normalised digest and its import statements."""
+
+    def __init__(self, path: Path) -> None:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+        imports: list[tuple[int, str, tuple[str, ...]]] = []  # level, module, names
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imports += [(0, alias.name, ()) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+            elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                _drop_docstring(node)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                imports += _named_module(node.value)
+        self.imports = tuple(imports)
+        self.digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _named_module(text: str) -> list[tuple[int, str, tuple[str, ...]]]:
+    """A module named in a string ("engine_plugins.native.server", "tasks.quantize:build") is run by that name."""
+    dotted = text.partition(":")[0]
+    head = dotted.split(".", 1)[0]
+    named = head in PROJECT_PACKAGES and "." in dotted and all(part.isidentifier() for part in dotted.split("."))
+    return [(0, dotted, ())] if named else []
+
+
+def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        node.body = node.body[1:]
+
+
+def _absolute(imports: Iterable[tuple[int, str, tuple[str, ...]]], package: str) -> list[str]:
+    names: list[str] = []
+    for level, module, members in imports:
+        if level:
+            above = package.split(".")[: len(package.split(".")) - level + 1]
+            module = ".".join(above + ([module] if module else []))
+        if module.split(".", 1)[0] not in PROJECT_PACKAGES:
+            continue
+        names.append(module)
+        names += [f"{module}.{member}" for member in members]  # `from package import module`
+    return names
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _find(name: str, root: Path) -> Path | None:
+    place = root.joinpath(*name.split("."))
+    module, package = place.with_suffix(".py"), place / "__init__.py"
+    if module.is_file():
+        return module
+    return package if package.is_file() else None
+
+
+def _native_sources(module: str, root: Path) -> list[Path]:
+    folders = {path.parent for name, path in module_closure(module, root).items() if name.startswith("engine_plugins.")}
+    return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in NATIVE_SUFFIXES)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def _source(path: Path) -> _Source:
+    return _parsed(*_stamp(path))
+
+
+@lru_cache(maxsize=4096)
+def _parsed(path: str, mtime_ns: int, size: int) -> _Source:
+    return _Source(Path(path))
+
+
+def _bytes_digest(path: Path) -> str:
+    return _hashed(*_stamp(path))
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: str, mtime_ns: int, size: int) -> str:
+    return file_sha256(Path(path))
+
+
+if __name__ == "__main__":
+    for target in sys.argv[1:]:
+        print(module_closure_digest(target), target)
+        for reached in module_closure(target):
+            print("   ", reached)
