@@ -1,0 +1,210 @@
+"""The `kilotok` command. Exit 0 pass, 1 a gate failed, 2 the input is wrong, 3 a stage failed.
+
+Refuses to hold logic: each verb is a few lines over `tasks`. Imports happen inside the verbs, so that `kilotok plan` answers
+at once. Run it: `kilotok --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from specs.errors import GateFailed, InputError, KilotokError
+
+DEFAULT_STORE = ".kilotok/store"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, run one verb, map errors to one line and an exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.verb(arguments) or 0)
+    except KilotokError as error:
+        print(f"kilotok: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("kilotok: interrupted; run again to resume where it stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole surface; a test holds it against the README."""
+    top = argparse.ArgumentParser(prog="kilotok", description="From one YAML spec to a served, measured, promoted LLM endpoint.")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Any, text: str, *, spec: bool = True, store: bool = True, as_json: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(verb=function)
+        if spec:
+            sub.add_argument("spec", metavar="SPEC", help="path of a spec")
+            sub.add_argument("--set", dest="overrides", metavar="K=V", action="append", default=[], help="override a key: draft.training.epochs=3")
+        if store:
+            sub.add_argument("--store", metavar="URI", default=DEFAULT_STORE, help=f"directory or s3://bucket/prefix (default {DEFAULT_STORE})")
+        if as_json:
+            sub.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object on stdout")
+        return sub
+
+    verb("run", run, "build what changed, measure it, promote it if every gate passes", as_json=True)
+    verb("plan", plan, "what a run would build, reuse and need, and why; runs nothing", as_json=True)
+    verb("lock", lock, "resolve the source to a commit and record every file's sha256", store=False)
+    verb("schema", schema, "print the spec's JSON Schema", spec=False, store=False)
+    serve_ = verb("serve", serve, "serve a bundle in the foreground", spec=False, store=False)
+    serve_.add_argument("bundle", metavar="BUNDLE", type=Path, help="a build_engine artifact")
+    serve_.add_argument("--host", default="127.0.0.1")
+    serve_.add_argument("--port", type=int, default=8000)
+    status_ = verb("status", status, "deployments, last builds and who holds what", spec=False, as_json=True)
+    status_.add_argument("name", nargs="?", metavar="SPEC", help="only this spec")
+    report_ = verb("report", report, "where the last report is; --compare A B for two builds", spec=False)
+    report_.add_argument("name", nargs="?", metavar="SPEC", help="path or name of a spec")
+    report_.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two build ids")
+    verb("doctor", doctor, "check this machine: compiler, memory, disk, ports, GPU, Prefect", spec=False, as_json=True)
+    verb("drain", drain, "finish what runs and stop the deployment of a spec")
+    verb("rollback", rollback, "bring the previous deployment of a spec back")
+    return top
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The flow, on the configured Prefect server or on one started for this run."""
+    from flows.local_server import prefect_server
+    from flows.terminal import Terminal, verdict_lines
+    from specs.load import load_spec
+    from tasks.build import new_build_id
+    from tasks.store import open_store
+
+    spec = load_spec(Path(arguments.spec), arguments.overrides)  # before a server is started for a typo
+    store, build_id = open_store(arguments.store), new_build_id()
+    terminal = Terminal()
+    terminal.say(f"[bold]kilotok[/] {spec.name}  build {build_id}")
+    failure: KilotokError | None = None
+    with prefect_server(Path(".kilotok/prefect"), terminal.say):
+        from flows.narrate import TERMINAL
+        from flows.rebuild import rebuild
+
+        TERMINAL.set(terminal)
+        try:
+            rebuild(arguments.spec, arguments.overrides, arguments.store, build_id)
+        except KilotokError as error:
+            failure = error
+    record = store.read_json(f"builds/{spec.name}/{build_id}")
+    if record is None:  # it ended before its first stage
+        raise failure or InputError("the build left no record", build_id)
+    if failure is None or isinstance(failure, GateFailed):
+        for line in verdict_lines(record):
+            terminal.say(line)
+    if arguments.as_json:
+        print(json.dumps(record, indent=2))
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Keys, hits, misses and reasons; stats files, reads none."""
+    from specs.load import load_spec
+    from tasks.plan import plan as make_plan
+    from tasks.store import open_store
+
+    planned = make_plan(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store))
+    print(json.dumps(planned.to_dict(), indent=2) if arguments.as_json else planned.to_text())
+    return 0
+
+
+def lock(arguments: argparse.Namespace) -> int:
+    """Write specs/locks/NAME.yaml, to be committed."""
+    from specs.load import load_spec
+    from specs.lock import write_lock
+    from tasks.edges.hub import make_lock
+    from tasks.job import Progress
+
+    spec = load_spec(Path(arguments.spec), arguments.overrides)
+    locked = make_lock(spec, Progress())
+    print(f"locked {spec.name}: {len(locked.files)} files at {locked.revision} -> {write_lock(spec, locked)}")
+    return 0
+
+
+def schema(_arguments: argparse.Namespace) -> int:
+    """JSON Schema; point an editor at it for completion."""
+    from specs.schema import Spec
+
+    print(json.dumps(Spec.json_schema(), indent=2))
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """The native server, without a deployment around it."""
+    from engine_plugins.native.server import main as serve_main
+
+    return serve_main(["--bundle", str(arguments.bundle), "--host", arguments.host, "--port", str(arguments.port)])
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Deployments with slots and health, last builds with verdicts, leases with owners."""
+    from tasks.status import collect, to_text
+    from tasks.store import open_store
+
+    found = collect(open_store(arguments.store), _name(arguments.name))
+    print(json.dumps(found, indent=2) if arguments.as_json else to_text(found))
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Print the path of a report; with --compare write and print the page of two builds."""
+    from tasks.status import build_record
+    from tasks.store import open_store
+
+    store = open_store(arguments.store)
+    if arguments.compare:
+        from tasks.report import compare
+
+        print(compare(*(build_record(store, build) for build in arguments.compare), out=Path(".kilotok")))
+        return 0
+    record = build_record(store, _name(arguments.name))
+    if not record["report"]:
+        raise InputError(f"build {record['build']} has no report", record["spec"], str((record["error"] or {}).get("what", "run it again")))
+    print(record["report"])
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Each check with what was found and what to do; exit 2 when something needed is missing."""
+    from tasks.doctor import examine, to_text
+
+    checks = examine(Path(arguments.store))
+    print(json.dumps(checks, indent=2) if arguments.as_json else to_text(checks))
+    return 2 if any(check["state"] == "missing" for check in checks) else 0
+
+
+def drain(arguments: argparse.Namespace) -> int:
+    """Stop admitting, finish what runs, stop."""
+    from tasks.deployment import drain as drain_deployment
+    from tasks.store import open_store
+
+    stopped = drain_deployment(open_store(arguments.store), _name(arguments.spec) or "")
+    print(f"drained {arguments.spec}: stopped {stopped} process{'es' if stopped != 1 else ''}", file=sys.stderr)
+    return 0
+
+
+def rollback(arguments: argparse.Namespace) -> int:
+    """The previous slot becomes live again."""
+    from tasks.deployment import rollback as rollback_deployment
+    from tasks.store import open_store
+
+    print(rollback_deployment(open_store(arguments.store), _name(arguments.spec) or ""))
+    return 0
+
+
+def _name(spec: str | None) -> str | None:
+    """A spec may be given by path or by name where only its name matters."""
+    if spec and spec.endswith((".yaml", ".yml")):
+        from specs.load import load_spec
+
+        return str(load_spec(Path(spec), []).name)
+    return spec
+
+
+if __name__ == "__main__":
+    sys.exit(main())

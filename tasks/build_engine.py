@@ -1,0 +1,74 @@
+"""From an FP8 checkpoint and a draft to a bundle: the directory an engine is started from, and nothing else.
+
+`native`: weights in kernel layout and the fused ops compiled for this machine. `trtllm`: the PyTorch backend has no engine
+file, so the bundle is checkpoint, draft, the rendered LLM arguments, environment and argv for the pinned version.
+Refuses to start anything. Run it: `kilotok run SPEC` (stage `build_engine`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from specs.errors import InputError
+from tasks.job import Job, Progress
+
+
+def build(job: Job, progress: Progress) -> dict[str, float]:
+    """Write the bundle into `job.out`; returns its size in bytes and the number of plugins."""
+    backend = job.spec["engine"]["backend"]
+    if backend == "native":
+        return _native(job, progress)
+    if backend == "trtllm":
+        return _trtllm(job, progress)
+    raise InputError(f"unknown engine backend {backend!r}", "engine.backend", "use native or trtllm")
+
+
+def _native(job: Job, progress: Progress) -> dict[str, float]:
+    from engine_plugins.native.bundle import build_bundle
+
+    engine: dict[str, Any] = job.spec["engine"]
+    progress.note("compiling the fused ops for this machine and packing weights")
+    summary = build_bundle(
+        job.inputs["quantize"],
+        job.out,
+        draft=job.inputs["train_draft"],
+        draft_tokens=engine["draft_tokens"],
+        max_seq_len=engine["max_seq_len"],
+        max_batch_size=engine["max_batch_size"],
+        plugins=engine["plugins"],
+    )
+    progress(1, 1, "packed")
+    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(summary.get("plugins", ())))}
+
+
+def _trtllm(job: Job, progress: Progress) -> dict[str, float]:
+    from engine_plugins.trtllm.render import render
+
+    rendered = render(job.spec)
+    _link_tree(job.inputs["quantize"], job.out / "checkpoint")
+    _link_tree(job.inputs["train_draft"], job.out / "draft")
+    launch = {"argv": rendered.argv, "env": rendered.env, "args": rendered.args_yaml, "version": job.spec["engine"]["version"]}
+    (job.out / "launch.json").write_text(json.dumps(launch, indent=2, sort_keys=True) + "\n")
+    progress(1, 1, "rendered")
+    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(job.spec["engine"]["plugins"]))}
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """Hard links where the store allows it: 400 GB of checkpoint need not exist twice on one disk."""
+
+    def link_or_copy(src: str, dst: str) -> None:
+        try:
+            os.link(src, dst)
+        except OSError:
+            shutil.copy2(src, dst)
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
