@@ -1,0 +1,1 @@
+"""router: a BF16 GEMV that scores the experts."""
