@@ -46,10 +46,14 @@ def module_closure_digest(module: str, root: Path | None = None) -> str:
     Below engine_plugins the C++ and CUDA sources beside an imported module count as well, byte by byte:
     they are compiled when the module runs.
     """
+    return json_sha256(module_parts(module, root))
+
+
+def module_parts(module: str, root: Path | None = None) -> dict[str, str]:
+    """File below the root -> digest of its meaning, for the closure: so that a miss can name the file that changed."""
     base = root or Path(__file__).resolve().parent.parent
-    parts = [f"{name} {_source(path).digest}" for name, path in module_closure(module, base).items()]
-    parts += [f"{path.relative_to(base).as_posix()} {_bytes_digest(path)}" for path in _native_sources(module, base)]
-    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+    parts = {path.relative_to(base).as_posix(): _source(path).digest for path in module_closure(module, base).values()}
+    return parts | {path.relative_to(base).as_posix(): _bytes_digest(path) for path in _native_sources(module, base)}
 
 
 def module_closure(module: str, root: Path | None = None) -> dict[str, Path]:
@@ -130,7 +134,18 @@ def _find(name: str, root: Path) -> Path | None:
 
 def _native_sources(module: str, root: Path) -> list[Path]:
     folders = {path.parent for name, path in module_closure(module, root).items() if name.startswith("engine_plugins.")}
-    return sorted(path for folder in folders for path in folder.rglob("*") if path.suffix in NATIVE_SUFFIXES)
+    return sorted({path for folder in folders for path in _native_below(folder)})
+
+
+def _native_below(folder: Path) -> list[Path]:
+    """C++ and CUDA files of a folder and of its plain subfolders; a subfolder that is a package counts for itself."""
+    found: list[Path] = []
+    for path in folder.iterdir():
+        if path.suffix in NATIVE_SUFFIXES:
+            found.append(path)
+        elif path.is_dir() and not (path / "__init__.py").is_file():
+            found += _native_below(path)
+    return found
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

@@ -124,8 +124,8 @@ def from_dict(record: dict[str, Any]) -> KilotokError:
     """The error that `to_dict` wrote down; an unknown class comes back as StageFailed, never as a crash."""
     classes: dict[str, type[KilotokError]] = {"KilotokError": KilotokError, **_below(KilotokError)}
     kind = classes.get(str(record.get("class")), StageFailed)
-    extra = {name: record.get(name) for name in kind.extras}
-    return kind(str(record.get("what", "unknown error")), str(record.get("where", "")), str(record.get("fix", "")), **extra)
+    what, where, fix = (str(record.get(name) or "") for name in ("what", "where", "fix"))
+    return kind(what, where, fix, **{name: record.get(name) for name in kind.extras})
 
 
 def _below(kind: type[KilotokError]) -> dict[str, type[KilotokError]]:
