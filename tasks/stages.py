@@ -1,0 +1,116 @@
+"""The stages in their order: what each reads, what shapes its output, which function builds it. Data only.
+
+Refuses to import a stage: planning must not pay for torch. A stage never imports another stage; they meet here by name.
+See them with `kilotok plan SPEC`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_TORCH = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One box of the main path. Everything here except `uses`, `entry` and `isolated` reaches the key."""
+
+    name: str
+    inputs: tuple[str, ...] = ()  # earlier stages whose artifact digests are part of the key
+    uses: tuple[str, ...] = ()  # earlier stages it is given without being keyed by them (an endpoint's address)
+    reads: tuple[str, ...] = ()  # dotted spec paths: its slice
+    packages: tuple[str, ...] = ()  # distributions whose version shapes the output
+    machine: tuple[str, ...] = ()  # machine facts that shape the output: see tasks.edges.machine.FACTS
+    entry: str = ""  # "module:function", called as build(job, progress)
+    alive: str = ""  # "module:function" (artifact directory) -> "" or why a cached artifact is no longer true
+    isolated: bool = False  # runs in a child process: memory, CUDA context and crashes end with it
+    accelerator: bool = False  # holds the machine's accelerator lock while it runs
+    size_of: tuple[str, float] = ("", 0.0)  # expected bytes as a share of another stage's artifact, before history
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("download", reads=("model",), entry="tasks.download:build", isolated=True),
+    Stage(
+        "quantize",
+        inputs=("download",),
+        reads=("quantize",),
+        packages=("nvidia-modelopt", *_TORCH),
+        entry="tasks.quantize:build",
+        isolated=True,
+        accelerator=True,
+        size_of=("download", 0.55),
+    ),
+    Stage(
+        "synthesize",
+        inputs=("quantize",),
+        reads=("draft.data", "engine.backend", "engine.version"),
+        packages=("tokenizers", "jinja2"),
+        entry="tasks.synthesize:build",
+        isolated=True,
+        accelerator=True,
+        size_of=("download", 0.005),
+    ),
+    Stage(
+        "train_draft",
+        inputs=("download", "synthesize"),
+        reads=("draft",),
+        packages=("nvidia-modelopt", *_TORCH),
+        entry="tasks.train_draft:build",
+        isolated=True,
+        accelerator=True,
+        size_of=("download", 0.01),
+    ),
+    Stage(
+        "build_engine",
+        inputs=("quantize", "train_draft"),
+        reads=("engine", "draft.method"),
+        packages=("numpy",),
+        machine=("cpu_isa", "compiler", "gpu", "container"),
+        entry="tasks.build_engine:build",
+        isolated=True,
+        size_of=("quantize", 1.05),
+    ),
+    Stage(
+        "deploy",
+        inputs=("build_engine",),
+        reads=("name", "deploy", "engine"),
+        machine=("host",),
+        entry="tasks.deploy:build",
+    ),
+    Stage(
+        "validate",
+        inputs=("download", "build_engine"),
+        uses=("deploy",),
+        reads=("validate", "engine.backend", "engine.draft_tokens"),
+        packages=("lm-eval", *_TORCH),
+        machine=("cpu", "gpu", "container"),
+        entry="tasks.validate:build",
+        isolated=True,
+    ),
+    Stage(
+        "promote",
+        inputs=("build_engine", "validate"),
+        uses=("deploy",),
+        reads=("name", "deploy"),
+        machine=("host",),
+        entry="tasks.promote:build",
+    ),
+    Stage(
+        "report",
+        inputs=("quantize", "synthesize", "train_draft", "build_engine", "validate"),
+        uses=("deploy", "promote"),
+        reads=("name", "validate", "engine", "draft"),
+        entry="tasks.report:build",
+    ),
+)
+
+REGISTRY: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+
+
+def downstream(name: str, registry: dict[str, Stage] | None = None) -> list[str]:
+    """Every stage that is keyed, directly or not, by the artifact of `name`, in order."""
+    reached = {name}
+    for stage in (registry or REGISTRY).values():
+        if reached & set(stage.inputs):
+            reached.add(stage.name)
+    return [other for other in (registry or REGISTRY) if other in reached - {name}]

@@ -1,0 +1,59 @@
+"""Artifacts, keys and leases behind one small interface; a directory by default, `s3://bucket/prefix` when shared.
+
+Refuses to know what a stage is. `open_store` is the only way in; boto3 is imported only for `s3://`.
+Look inside with `kilotok store ls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from specs.errors import InputError
+from tasks.store.local import Found, LocalStore, Meta
+from tasks.store.manifest import FileEntry, Manifest
+
+__all__ = ["DEFAULT_STORE", "FileEntry", "Found", "LocalStore", "Manifest", "Meta", "Store", "open_store"]
+
+DEFAULT_STORE = ".kilotok/store"
+
+
+class Store(Protocol):
+    """What both stores do. A manifest goes in and out; paths are always local and read-only once published."""
+
+    uri: str
+    logs: Path
+    local: LocalStore  # this machine's own part: memos and work; the store itself when it is local
+
+    def artifact_uri(self, manifest: Manifest) -> str: ...
+    def inspect(self, stage: str, key: str) -> Found: ...
+    def lookup(self, stage: str, key: str) -> Manifest | None: ...
+    def load(self, place: str) -> Manifest: ...
+    def checkout(self, manifest: Manifest) -> Path: ...
+    def missing_bytes(self, manifest: Manifest) -> int: ...
+    def entries(self) -> Iterator[Manifest]: ...
+    def delete(self, manifest: Manifest) -> None: ...
+    def workdir(self, stage: str, key: str) -> Path: ...
+    def publish(self, stage: str, key: str, workdir: Path, meta: Meta) -> Manifest: ...
+    def lease(self, name: str, on_wait: Callable[[str], None] | None = None) -> AbstractContextManager[int | None]: ...
+    def leases(self) -> list[dict[str, Any]]: ...
+    def verify(self, manifest: Manifest) -> list[str]: ...
+    def read_json(self, name: str) -> Any | None: ...
+    def write_json(self, name: str, value: Any) -> None: ...
+    def list_json(self, folder: str) -> list[str]: ...
+    def history(self, stage: str, spec_name: str) -> dict[str, Any] | None: ...
+    def remember(self, spec_name: str, manifest: Manifest) -> None: ...
+
+
+def open_store(uri: str | Path = DEFAULT_STORE, cache: str | Path = DEFAULT_STORE) -> Store:
+    """A store by path, `file:` or `s3://` URI. `cache` is the local store that an s3 store reads and fills."""
+    text = str(uri)
+    if text.startswith("s3://"):
+        from tasks.store.s3 import S3Store
+
+        return S3Store(text, LocalStore(Path(cache)))
+    if "://" in text and not text.startswith("file://"):
+        raise InputError(f"unknown kind of store {text!r}", "--store", "use a path, file: or s3://bucket/prefix")
+    return LocalStore(Path(text.removeprefix("file://").removeprefix("file:")))
