@@ -5,6 +5,7 @@ What it refuses to be: sensitive to what changes nothing. Comments, blank lines 
 any other edit of any project module in the import closure does, also when imported inside a function.
 Run it: `python -m specs.digest tasks.quantize` prints a digest and the modules behind it.
 """
+
 from __future__ import annotations
 
 import ast

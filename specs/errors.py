@@ -18,6 +18,7 @@ What it is: one tree of twelve, each saying what happened, where, and what to do
 What it refuses to be: a class per message. A new message needs no new class.
 Run it: nothing to run; `python -m pytest tests/specs/test_errors.py`.
 """
+
 from __future__ import annotations
 
 from typing import Any, ClassVar

@@ -4,6 +4,7 @@ What it is: stage, key, state, where the artifact is, its digest, size and metri
 What it refuses to be: a carrier of results. Results live in the store under `uri`.
 Run it: `kilotok run SPEC --json` prints one per stage.
 """
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields
