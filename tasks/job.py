@@ -8,7 +8,7 @@ Run one by hand: `python -m tasks.child JOB.json` (the runner leaves JOB.json be
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Job:
     inputs: dict[str, Path]
     out: Path  # survives a crash: what is finished in it need not be done again
     lock: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # what a report tells about the run; shapes no key
 
     @property
     def scratch(self) -> Path:
@@ -41,12 +42,14 @@ class Job:
             "inputs": {name: str(path) for name, path in self.inputs.items()},
             "out": str(self.out),
             "lock": self.lock,
+            "extra": self.extra,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Job:
         inputs = {name: Path(path) for name, path in data["inputs"].items()}
-        return cls(data["stage"], data["spec"], Path(data["root"]), inputs, Path(data["out"]), data.get("lock"))
+        root, out = Path(data["root"]), Path(data["out"])
+        return cls(data["stage"], data["spec"], root, inputs, out, data.get("lock"), data.get("extra") or {})
 
 
 class Progress:

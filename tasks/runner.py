@@ -40,13 +40,14 @@ _RESULT_GRACE_S = 60.0  # for a child that has sent its result to let go of thre
 
 @dataclass(frozen=True)
 class StageEvent:
-    """What a run shows: `kind` is started, progress, note or finished."""
+    """What a run shows: `kind` is started, progress, note or finished. A stage that fails raises instead of finishing."""
 
     stage: str
     kind: str
     done: float = 0.0
     total: float = 0.0
     text: str = ""
+    receipt: Receipt | None = None  # of kind finished
 
 
 Report = Callable[[StageEvent], None]
@@ -63,6 +64,7 @@ class _Build:
     report: Report
     key: str
     components: dict[str, str]
+    extra: Mapping[str, Any]
 
     def note(self, text: str) -> None:
         self.report(StageEvent(self.stage.name, "note", text=text))
@@ -81,6 +83,7 @@ def run_stage(
     *,
     registry: Mapping[str, Stage] = REGISTRY,
     code_root: Path = CODE_ROOT,
+    extra: Mapping[str, Any] | None = None,
 ) -> Receipt:
     """Build the stage or find it built. Raises a KilotokError when it fails; nothing of a failure is kept as a hit."""
     started = time.monotonic()
@@ -91,19 +94,15 @@ def run_stage(
     memo = Memo(store.local)
     parts = components(stage, view, {other: receipts[other].digest for other in stage.inputs}, memo, code_root)
     memo.save()
-    build = _Build(stage, view, receipts, store, report, key_of(parts), parts)
+    build = _Build(stage, view, receipts, store, report, key_of(parts), parts, extra or {})
     report(StageEvent(name, "started"))
-    try:
-        manifest, state, reason = _find_or_build(build)
-    except KilotokError as error:
-        report(StageEvent(name, "finished", text=f"failed: {error.what}"))
-        raise
+    manifest, state, reason = _find_or_build(build)
     receipt = Receipt(
         stage=name, key=build.key, state=state, uri=store.artifact_uri(manifest), digest=manifest.digest,
         size_bytes=manifest.size_bytes, seconds=round(time.monotonic() - started, 3), reason=reason,
         metrics=dict(manifest.metrics),
     )  # fmt: skip
-    report(StageEvent(name, "finished", 1, 1, f"{state}: {reason}"))
+    report(StageEvent(name, "finished", 1, 1, f"{state}: {reason}", receipt))
     return receipt
 
 
@@ -159,7 +158,7 @@ def _build(build: _Build, lease: int | None) -> Manifest:
     inputs = {name: store.checkout(store.load(uri)) for name, uri in uris.items()}
     workdir = store.workdir(stage.name, build.key)
     lock = dict(build.view.lock) if build.view.lock else None
-    job = Job(stage.name, build.view.slice(stage.reads), build.view.root, inputs, workdir, lock)
+    job = Job(stage.name, build.view.slice(stage.reads), build.view.root, inputs, workdir, lock, dict(build.extra))
     metrics = _run_isolated(build, job, lease) if stage.isolated else _run_here(build, job)
     meta = Meta(build.components, metrics, provenance.collect(build.view), uris, _is_pass(workdir))
     manifest = store.publish(stage.name, build.key, workdir, meta)

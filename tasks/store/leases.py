@@ -71,7 +71,8 @@ def is_held(path: Path) -> bool:
 def held_leases(folder: Path) -> list[dict[str, Any]]:
     """The owners of every lease that is held right now."""
     held = [path for path in sorted(folder.glob("*.lease")) if is_held(path)]
-    return [_read_owner(path) or {"name": path.stem} for path in held]
+    owners = [(path, _read_owner(path)) for path in held]
+    return [{"name": path.stem, **owner, "owner": describe_owner(owner)} for path, owner in owners]
 
 
 def _try_lock(descriptor: int) -> bool:

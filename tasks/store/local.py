@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from specs.errors import IntegrityError, StoreError
+from specs.receipts import Receipt
 from tasks.job import SCRATCH
 from tasks.store.hashing import describe_files, hash_files
 from tasks.store.leases import file_lease, held_leases, is_held
@@ -110,6 +111,10 @@ class LocalStore:
         if not folder.is_dir():
             raise StoreError("the artifact is gone", str(folder), "run again: it will be rebuilt")
         return folder
+
+    def path(self, receipt: Receipt) -> Path:
+        """The directory of what a receipt speaks of."""
+        return self.checkout(self.load(receipt.uri))
 
     def missing_bytes(self, manifest: Manifest) -> int:
         """Bytes to move before the artifact can be used on this machine."""

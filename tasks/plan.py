@@ -1,0 +1,164 @@
+"""What a run would do, before anything runs: per stage hit or miss and why, bytes to move, disk needed.
+
+Refuses to read an artifact or a data file it has seen before: manifests and stats are enough, so an 800 GB store plans in
+the time of a small one. Run it: `kilotok plan SPEC`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.runner import why_build
+from tasks.stages import REGISTRY, Stage
+from tasks.store import Found, Store
+from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of
+from tasks.store.memo import Memo
+
+if TYPE_CHECKING:
+    from specs.schema import Spec
+
+CACHED, BUILD, DEPENDS = "cached", "build", "depends"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage: `depends` means that an input is not built yet; if it comes out the same, so does this stage."""
+
+    stage: str
+    state: str
+    reason: str
+    key: str  # "" when an input is not known yet
+    move_bytes: int  # to download or to bring to this machine before it can run
+    disk_bytes: int  # that it will add to the store; a guess until a first build
+
+
+@dataclass(frozen=True)
+class Plan:
+    spec: str
+    store: str
+    rows: tuple[Row, ...]
+    disk_free_bytes: int
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(row.disk_bytes for row in self.rows)
+
+    @property
+    def disk_is_short(self) -> bool:
+        return self.disk_bytes > self.disk_free_bytes
+
+    @property
+    def all_cached(self) -> bool:
+        return all(row.state == CACHED for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {"disk_bytes": self.disk_bytes, "disk_is_short": self.disk_is_short}
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows], **totals}
+
+    def to_text(self) -> str:
+        """A table, then one line that says whether the disk holds it."""
+        lines = [f"plan of {self.spec}, store {self.store}", ""]
+        for row in self.rows:
+            move = f"move {size_words(row.move_bytes)}" if row.move_bytes else ""
+            disk = f"disk {size_words(row.disk_bytes)}" if row.disk_bytes else ""
+            lines.append(f"  {row.stage:<13} {row.state:<8} {move:<14} {disk:<14} {row.reason}".rstrip())
+        need, free = size_words(self.disk_bytes), size_words(self.disk_free_bytes)
+        short = ": too little, free some (kilotok gc) or use another --store" if self.disk_is_short else ""
+        return "\n".join([*lines, "", f"  disk needed {need}, free {free}{short}"])
+
+
+def plan(
+    spec: Spec | SpecView,
+    store: Store,
+    registry: Mapping[str, Stage] = REGISTRY,
+    code_root: Path = CODE_ROOT,
+) -> Plan:
+    """Walk the stages in order, carrying digests as far as they are known."""
+    view, memo = view_of(spec), Memo(store.local)
+    digests: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    rows: list[Row] = []
+    for stage in registry.values():
+        row, found = _row(stage, view, store, memo, digests, sizes, code_root)
+        rows.append(row)
+        if found.manifest:
+            digests[stage.name], sizes[stage.name] = found.manifest.digest, found.manifest.size_bytes
+        else:
+            sizes[stage.name] = row.disk_bytes
+    memo.save()
+    return Plan(view.name, store.uri, tuple(rows), _free_bytes(store.local.root))
+
+
+def _row(
+    stage: Stage,
+    view: SpecView,
+    store: Store,
+    memo: Memo,
+    digests: Mapping[str, str],
+    sizes: Mapping[str, int],
+    code_root: Path,
+) -> tuple[Row, Found]:
+    parts = components(stage, view, digests, memo, code_root)
+    record = store.history(stage.name, view.name)
+    unknown = [name for name in stage.inputs if name not in digests]
+    if unknown:
+        reason = _depends(unknown, parts, record)
+        size = _expected_bytes(stage, view, record, sizes)
+        return Row(stage.name, DEPENDS, reason, "", 0, size), Found()
+    key = key_of(parts)
+    found = store.inspect(stage.name, key)
+    if found.manifest:
+        reread = f", {len(found.touched)} touched files will be read again" if found.touched else ""
+        return Row(stage.name, CACHED, f"unchanged{reread}", key, 0, 0), found
+    reason = why_build(stage, parts, store, view.name)
+    return Row(
+        stage.name, BUILD, reason, key, _move_bytes(stage, view), _expected_bytes(stage, view, record, sizes)
+    ), found
+
+
+def _depends(unknown: list[str], parts: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
+    """Which inputs it waits for; its own changes too, for they make a rebuild certain."""
+    words = f"depends on {' and '.join(unknown)}"
+    if not record:
+        return words
+    waiting = {f"input.{name}" for name in unknown}
+    own = changes({name: value for name, value in record["components"].items() if name not in waiting}, parts)
+    return f"{words}; {own[0]}" if own else words
+
+
+def _move_bytes(stage: Stage, view: SpecView) -> int:
+    """Only a stage that reads the model moves bytes into the store; what it moves is in the lock."""
+    return _locked_bytes(view) if "model" in stage.reads else 0
+
+
+def _expected_bytes(stage: Stage, view: SpecView, record: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> int:
+    """The last artifact's size, else the lock's, else a share of another stage's."""
+    if record:
+        return int(record["size_bytes"])
+    if "model" in stage.reads:
+        return _locked_bytes(view)
+    source, share = stage.size_of
+    return int(sizes.get(source, 0) * share)
+
+
+def _locked_bytes(view: SpecView) -> int:
+    return sum(int(entry["size"]) for entry in (view.lock or {}).get("files", {}).values())
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free if os.access(existing, os.R_OK) else 0
+
+
+def size_words(count: float) -> str:
+    """12.3 MB, in powers of ten as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
