@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine_plugins.native.checkpoint import Tensors, read_draft_config, read_model_config
+from engine_plugins.native.checkpoint import DraftConfig, ModelConfig, Tensors, read_draft_config, read_model_config
 from engine_plugins.ops.allreduce_rmsnorm.reference import rmsnorm
 from engine_plugins.ops.attention_decode.reference import attention_decode
 from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu
@@ -23,7 +24,17 @@ from engine_plugins.ops.moe_top1.reference import moe_top1
 from engine_plugins.ops.qkv_attn_scaling.reference import qkv_attn_scaling
 
 
-def _linear(tensors: Tensors, name: str) -> Linear:
+class TensorSource(Protocol):
+    """Where weights come from: a checkpoint's files, or a bundle unpacked."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def names(self) -> list[str]: ...
+    def float32(self, name: str) -> np.ndarray: ...
+    def raw(self, name: str) -> np.ndarray: ...
+    def scalar(self, name: str, default: float | None = None) -> float | None: ...
+
+
+def _linear(tensors: TensorSource, name: str) -> Linear:
     weight = torch.from_numpy(tensors.float32(f"{name}.weight").copy())
     if f"{name}.weight_scale" in tensors:
         scale = torch.from_numpy(tensors.float32(f"{name}.weight_scale").copy()).reshape(-1, 1)
@@ -31,7 +42,7 @@ def _linear(tensors: Tensors, name: str) -> Linear:
     return Linear(weight, tensors.scalar(f"{name}.input_scale"))
 
 
-def _experts(tensors: Tensors, prefix: str, count: int) -> list[tuple[Linear, Linear, Linear]]:
+def _experts(tensors: TensorSource, prefix: str, count: int) -> list[tuple[Linear, Linear, Linear]]:
     """Packed [E, in, 2*inter] (gate first) and [E, inter, in], with one scale for all experts or one each."""
     packed = {}
     for name in ("gate_up_proj", "down_proj"):
@@ -51,16 +62,23 @@ def _experts(tensors: Tensors, prefix: str, count: int) -> list[tuple[Linear, Li
 class ReferenceModel:
     """Teacher-forced forward passes of a checkpoint directory (BF16, or modelopt's FP8 export) and its draft."""
 
-    def __init__(self, checkpoint: Path, draft: Path | None = None) -> None:
-        self.config = read_model_config(Path(checkpoint))
-        self.tensors = Tensors(Path(checkpoint))
+    def __init__(self, config: ModelConfig, tensors: TensorSource) -> None:
+        self.config, self.tensors = config, tensors
+        self.draft: DraftReference | None = None
         self.inv_freq = torch.tensor(self.config.rope_inv_freq)
         self.embed = self._tensor("model.embed_tokens.weight")
         head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         self.lm_head = self._tensor(head)
         self.layers = [self._load_layer(i) for i in range(self.config.num_layers)]
-        self.draft = DraftReference(Path(draft), self) if draft else None
-        self.quantized = any(name.endswith("k_scale") for name in self.tensors.names())
+        self.norm = self._tensor("model.norm.weight")
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Path, draft: Path | None = None) -> ReferenceModel:
+        """Load a Hugging Face directory (BF16 or modelopt FP8) and, optionally, an EAGLE-3 draft directory."""
+        model = cls(read_model_config(Path(checkpoint)), Tensors(Path(checkpoint)))
+        if draft:
+            model.draft = DraftReference(read_draft_config(Path(draft), model.config), Tensors(Path(draft)), model)
+        return model
 
     def _tensor(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.tensors.float32(name).copy())
@@ -108,7 +126,7 @@ class ReferenceModel:
                 gate, up, down = layer["mlp"]
                 hidden_TH = hidden_TH + down(fc13_swiglu(x_TH, gate, up))
             outputs.append(hidden_TH)
-        return rmsnorm(hidden_TH, self._tensor("model.norm.weight"), eps) @ self.lm_head.T, outputs
+        return rmsnorm(hidden_TH, self.norm, eps) @ self.lm_head.T, outputs
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """[T, V] float32."""
@@ -118,10 +136,8 @@ class ReferenceModel:
 class DraftReference:
     """The EAGLE-3 head. Row i sees the target's features of position i and the embedding of token i+1."""
 
-    def __init__(self, directory: Path, target: ReferenceModel) -> None:
-        self.target = target
-        self.config = read_draft_config(directory, target.config)
-        tensors = Tensors(directory)
+    def __init__(self, config: DraftConfig, tensors: TensorSource, target: ReferenceModel) -> None:
+        self.target, self.config = target, config
         self.inv_freq = torch.tensor(self.config.rope_inv_freq)
         layer = "midlayer" if "midlayer.hidden_norm.weight" in tensors else "layers.0"
         self.weights = {}

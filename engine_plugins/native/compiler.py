@@ -1,0 +1,96 @@
+"""Compile the C++ step into one shared library with a path per instruction set.
+
+What it is: `compile_library` runs g++ once per path (AVX2, AVX-512) and once for the C ABI, side by side, and links them.
+What it refuses to be: a build system, or a reason to fail: without a compiler it warns and returns None.
+Run it: `python -m engine_plugins.native.compiler OUT_DIR`.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from specs.errors import StageFailed
+
+LIBRARY = "libkilotok.so"
+SOURCES = Path(__file__).resolve().parent / "cpp"
+OPS_DIR = SOURCES.parent.parent / "ops"
+OPS = ("allreduce_rmsnorm", "attention_decode", "fc13_swiglu", "gemm_low_latency", "moe_top1", "qkv_attn_scaling", "router",
+       "verify")
+ISA_FLAGS = {
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+               "-mprefer-vector-width=512"),
+}
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall")
+
+
+def source_files() -> list[Path]:
+    """Every file that shapes the library."""
+    return sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp"), *OPS_DIR.glob("*/*.h")])
+
+
+def source_digest() -> str:
+    """sha256 over the sources and flags."""
+    digest = hashlib.sha256(repr((sorted(ISA_FLAGS.items()), COMMON_FLAGS)).encode())
+    for file in source_files():
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def find_compiler() -> str | None:
+    """g++, else clang++, else None."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def cpu_supported() -> bool:
+    """True when this CPU has what the AVX2 path needs."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True  # not Linux: let the library's own check speak
+    line = next((x for x in flags.splitlines() if x.startswith("flags")), "")
+    return {"avx2", "fma", "f16c"} <= set(line.split())
+
+
+def _run(commands: list[list[str]]) -> None:
+    children = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
+    for command, child in zip(commands, children):
+        output, _ = child.communicate()
+        if child.returncode:
+            raise StageFailed(f"the C++ step does not compile:\n{output[-2000:]}", " ".join(command[:1] + command[-3:]),
+                              "check the compiler's version (g++ >= 9 is known to work)")
+
+
+def compile_library(out: Path) -> Path | None:
+    """Path of the library in `out`, or None (with a warning) when there is no compiler or no x86-64."""
+    compiler = find_compiler()
+    if compiler is None or not cpu_supported() or not (SOURCES / "step.cpp").exists():
+        reason = "no C++ compiler was found" if compiler is None else "this CPU has no AVX2, FMA and F16C"
+        warnings.warn(f"{reason}: the bundle will run on the slow reference engine", stacklevel=2)
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        units = [(SOURCES / "step.cpp", isa, (*flags, f"-DKILOTOK_ISA={isa}")) for isa, flags in ISA_FLAGS.items()]
+        units.append((SOURCES / "api.cpp", "api", ("-mno-avx",)))
+        objects = [os.path.join(scratch, f"{name}.o") for _, name, _ in units]
+        _run([[compiler, *COMMON_FLAGS, *flags, f"-I{SOURCES}", f"-I{OPS_DIR}", "-c", str(source), "-o", target]
+              for (source, _, flags), target in zip(units, objects)])
+        linked = os.path.join(scratch, LIBRARY)
+        _run([[compiler, "-shared", "-o", linked, *objects, "-lpthread"]])
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(linked, out / LIBRARY)
+    return out / LIBRARY
+
+
+def main() -> None:
+    """Compile into the directory named on the command line."""
+    print(compile_library(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
