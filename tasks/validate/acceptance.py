@@ -1,0 +1,55 @@
+"""Acceptance by domain and position, from each request's own usage (never from server-wide totals).
+
+A cycle drafts k tokens and yields 1 + (accepted drafts). With a_i cycles that accepted position i (1-based):
+  length        1 + sum(a_i) / cycles                tokens per cycle
+  position i    a_i / a_(i-1), a_0 = cycles          accepted, given that the positions before it were
+
+It refuses to guess: a domain without a single cycle has no length (NaN), and so passes no gate.
+
+Run: `python -m pytest tests/tasks/test_validate_acceptance.py`
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from tasks.validate.tables import Acceptance, check
+
+ALL = "all"
+
+
+def acceptance_frame(usages: Iterable[tuple[str, Mapping[str, Any]]], draft_tokens: int) -> pd.DataFrame:
+    """Rows by domain and position from (domain, flat counts as `client.speculation` returns them)."""
+    cycles: dict[str, int] = defaultdict(int)
+    accepted: dict[str, list[int]] = defaultdict(lambda: [0] * draft_tokens)
+    for domain, counts in usages:
+        for name in (domain, ALL) if domain else (ALL,):
+            cycles[name] += counts["cycles"]
+            for position, number in enumerate(counts["accepted_by_position"][:draft_tokens]):
+                accepted[name][position] += number
+    rows = []
+    for domain in sorted(cycles, key=lambda name: (name != ALL, name)):
+        n, by_position = cycles[domain], accepted[domain]
+        length = 1 + sum(by_position) / n if n else float("nan")
+        for position, number in enumerate(by_position, 1):
+            reached = n if position == 1 else by_position[position - 2]
+            rate = number / reached if reached else float("nan")
+            rows.append((domain, position, n, reached, number, rate, length))
+    frame = pd.DataFrame(rows, columns=["domain", "position", "cycles", "reached", "accepted", "rate", "length"])
+    frame = frame.astype({"domain": str, "rate": float, "length": float})
+    return check(frame, Acceptance, "acceptance.parquet")
+
+
+def acceptance_metrics(frame: pd.DataFrame) -> dict[str, float]:
+    """`acceptance.length`, `acceptance.length.<domain>`, `acceptance.position.<i>`, and the positions by domain."""
+    metrics: dict[str, float] = {}
+    for row in frame.itertuples():
+        whole = row.domain == ALL
+        if row.position == 1:
+            metrics["acceptance.length" if whole else f"acceptance.length.{row.domain}"] = float(row.length)
+        metrics[f"acceptance.position.{row.position}" if whole else f"acceptance.position.{row.position}.{row.domain}"] = float(row.rate)
+    return {name: value for name, value in metrics.items() if value == value}
