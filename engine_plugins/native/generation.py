@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import Response
 
 from engine_plugins.native.openai_api import ApiError, GenerationRequest, ResponseFormat, error_event, speculation_usage
 from engine_plugins.native.scheduler import EngineFault, Scheduler, Ticket
-from engine_plugins.native.textstream import TextStream
 
 MAX_UNSENT_BYTES = 4 << 20  # a client that reads slower than this is treated as gone
 JSON_TYPE = (b"content-type", b"application/json")
@@ -35,9 +33,8 @@ STREAM_HEADERS = [
 class Generation:
     """One prompt's answer. A completions request with several prompts has several."""
 
-    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int], params: Any) -> None:
+    def __init__(self, prompt_ids: list[int], params: Any) -> None:
         self.prompt_ids, self.params = prompt_ids, params
-        self.text = TextStream(decode, params.stop)
         self.num_generated = 0
         self.parts: list[str] = []
         self.reason: str | None = None
@@ -45,15 +42,11 @@ class Generation:
         self.reply: Reply | None = None
         self.index = 0
 
-    def on_tokens(self, token_ids: list[int], finish_reason: str | None) -> None:
-        """One step's tokens, on the event loop: this is the hot path."""
-        reply, ticket = self.reply, self.ticket
-        assert reply is not None and ticket is not None
-        self.num_generated += len(token_ids)
-        text = self.text.push(token_ids, final=finish_reason is not None)
-        if self.text.stopped:
-            finish_reason = "stop"
-            reply.scheduler.cancel(ticket)
+    def on_step(self, num_tokens: int, text: str, finish_reason: str | None) -> None:
+        """What one step brought, on the event loop: this is the hot path."""
+        reply = self.reply
+        assert reply is not None
+        self.num_generated += num_tokens
         self.reason = finish_reason
         if reply.asked.stream:
             reply.emit(self.index, text, finish_reason)
@@ -194,7 +187,7 @@ class Reply(Response):
         """Counts over all choices."""
         draft_tokens = self.scheduler.draft_tokens
         tickets = [generation.ticket for generation in self.generations if generation.ticket is not None]
-        accepted = [sum(ticket.accepted[at] for ticket in tickets) for at in range(draft_tokens)]
+        accepted = [sum(column) for column in zip(*(ticket.accepted for ticket in tickets), strict=True)]
         return speculation_usage(
             sum(len(ticket.prompt_ids) for ticket in tickets),
             sum(generation.num_generated for generation in self.generations),

@@ -33,13 +33,13 @@ def render_metrics(scheduler: Scheduler, admission: Admission) -> str:
             ("cancelled", "Requests whose client hung up."),
             ("prompt_tokens", "Prompt tokens."),
             ("generation_tokens", "Generated tokens."),
-            ("cycles", "Decode cycles, per request."),
+            ("cycles", "Decode cycles of finished requests."),
         )
     ]
-    accepted = [(f'{{position="{at}"}}', count) for at, count in enumerate(scheduler.accepted, 1)]
+    accepted = [(f'{{position="{at}"}}', totals[f"accepted_{at}"]) for at in range(1, scheduler.draft_tokens + 1)]
     if accepted:
         families.append(
-            _family("kilotok_accepted_tokens_total", "counter", "Draft tokens accepted, by position.", accepted)
+            _family("kilotok_accepted_tokens_total", "counter", "Accepted draft tokens of finished requests.", accepted)
         )
     families += [
         _family("kilotok_requests_running", "gauge", "Requests in a slot.", [("", scheduler.running)]),

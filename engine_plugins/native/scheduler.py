@@ -15,7 +15,6 @@ import asyncio
 import logging
 import queue
 import threading
-import time
 from collections import Counter
 from typing import Any, Protocol
 
@@ -34,7 +33,7 @@ class EngineFault(Exception):
 class Sink(Protocol):
     """Where one request's tokens go. Both are called on the event loop."""
 
-    def on_tokens(self, token_ids: list[int], finish_reason: str | None) -> None: ...
+    def on_step(self, num_tokens: int, text: str, finish_reason: str | None) -> None: ...
 
     def on_fault(self, fault: EngineFault) -> None: ...
 
@@ -42,26 +41,19 @@ class Sink(Protocol):
 class Ticket:
     """One submitted request."""
 
-    __slots__ = (
-        "sink",
-        "prompt_ids",
-        "params",
-        "request_id",
-        "created",
-        "first_token",
-        "finished",
-        "cycles",
-        "accepted",
-    )
-
-    def __init__(self, sink: Sink, prompt_ids: list[int], params: Any, num_positions: int) -> None:
+    def __init__(self, sink: Sink, prompt_ids: list[int], params: Any) -> None:
         self.sink, self.prompt_ids, self.params = sink, prompt_ids, params
+        self.request: Any = None  # the engine's own; counts cycles and accepted drafts
         self.request_id: Any = None
-        self.created = time.monotonic()
-        self.first_token = 0.0
         self.finished = False
-        self.cycles = 0
-        self.accepted = [0] * num_positions  # drafted tokens accepted at each position
+
+    @property
+    def cycles(self) -> int:
+        return int(self.request.cycles) if self.request else 0
+
+    @property
+    def accepted(self) -> list[int]:
+        return list(self.request.accepted_by_position) if self.request else []
 
 
 class Scheduler:
@@ -71,7 +63,6 @@ class Scheduler:
         self.engine = engine
         self.slots, self.draft_tokens, self.max_queue = slots, draft_tokens, max_queue
         self.totals: Counter[str] = Counter()
-        self.accepted = [0] * draft_tokens
         self.broken = ""
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._in_flight: set[Ticket] = set()
@@ -105,7 +96,7 @@ class Scheduler:
 
     def submit(self, sink: Sink, prompt_ids: list[int], params: Any) -> Ticket:
         """Queue one request; `sink` hears of it on the event loop."""
-        ticket = Ticket(sink, prompt_ids, params, self.draft_tokens)
+        ticket = Ticket(sink, prompt_ids, params)
         self._in_flight.add(ticket)
         self.totals["requests"] += 1
         self.totals["prompt_tokens"] += len(prompt_ids)
@@ -130,7 +121,7 @@ class Scheduler:
         failed_steps = 0
         while True:
             try:
-                while not self._active or not self._inbox.empty():
+                while not self.engine.has_work or not self._inbox.empty():
                     if not self._take(*self._inbox.get()):
                         return
                 events = self.engine.step()
@@ -158,7 +149,8 @@ class Scheduler:
         if ticket.finished:  # cancelled while it was still in the queue
             return True
         try:
-            ticket.request_id = self.engine.submit(ticket.prompt_ids, ticket.params).id
+            ticket.request = self.engine.submit(ticket.prompt_ids, ticket.params)
+            ticket.request_id = ticket.request.id
         except Exception as error:  # noqa: BLE001 - whatever the engine dislikes about one request concerns only that one
             self._call(self._fault, [ticket], EngineFault(str(error) or type(error).__name__, 400))
             return True
@@ -194,24 +186,16 @@ class Scheduler:
             reason = event.finish_reason
             num_tokens = len(event.token_ids)
             totals["generation_tokens"] += num_tokens
-            if ticket.first_token:
-                self._count_cycle(ticket, num_tokens)
-            elif num_tokens:
-                ticket.first_token = time.monotonic()
             if reason is not None:
                 self._finish(ticket)
+                totals["cycles"] += ticket.cycles
+                for at, count in enumerate(ticket.accepted, 1):
+                    totals[f"accepted_{at}"] += count
             if reason in ("error", "nan"):
                 totals["faults"] += 1
                 ticket.sink.on_fault(EngineFault("the model produced NaN or infinite logits for this request"))
             else:
-                ticket.sink.on_tokens(event.token_ids, reason)
-
-    def _count_cycle(self, ticket: Ticket, num_tokens: int) -> None:
-        ticket.cycles += 1
-        self.totals["cycles"] += 1
-        for position in range(min(num_tokens - 1, self.draft_tokens)):
-            ticket.accepted[position] += 1
-            self.accepted[position] += 1
+                ticket.sink.on_step(num_tokens, event.text, reason)
 
     def _fault(self, tickets: list[Ticket], fault: EngineFault) -> None:
         for ticket in tickets:

@@ -58,7 +58,7 @@ class EngineServer:
         self.admission = Admission()
         self.max_seq_len = int(engine.max_seq_len)
         self.scheduler = Scheduler(
-            engine, slots=int(engine.max_batch_size), draft_tokens=int(engine.draft_tokens), max_queue=max_queue
+            engine, slots=engine.bundle.max_batch_size, draft_tokens=engine.draft_tokens, max_queue=max_queue
         )
         self.started = time.time()
 
@@ -84,7 +84,7 @@ class EngineServer:
         if not self.scheduler.has_room(len(prompts)):
             message = f"the queue is full: {self.scheduler.waiting} requests wait for {self.scheduler.slots} slots"
             raise ApiError(429, message, code="queue_full", retry_after_s=RETRY_AFTER_S)
-        generations = [Generation(self.engine.decode, ids, self.params(asked, ids)) for ids in prompts]
+        generations = [Generation(ids, self.params(asked, ids)) for ids in prompts]
         return Reply(self.scheduler, asked, generations)
 
     def params(self, asked: GenerationRequest, prompt_ids: list[int]) -> Any:
@@ -98,11 +98,9 @@ class EngineServer:
 
     def encode(self, prompt: Any) -> list[int]:
         if not isinstance(prompt, str):
-            outside = [token for token in prompt if token >= self.engine.vocab_size]
-            if outside:
-                raise ApiError(
-                    400, f"token id {outside[0]} is outside the vocabulary of {self.engine.vocab_size}", "prompt"
-                )
+            size = self.engine.config.vocab_size
+            if max(prompt) >= size:
+                raise ApiError(400, f"token id {max(prompt)} is outside the vocabulary of {size}", "prompt")
             return prompt
         ids = self.engine.encode(prompt)
         if not ids:
