@@ -1,7 +1,7 @@
 """What a run would do, before anything runs: per stage hit or miss and why, bytes to move, disk needed.
 
-Refuses to read an artifact or a data file it has seen before: manifests and stats are enough, so an 800 GB store plans in
-the time of a small one. Run it: `kilotok plan SPEC`.
+Refuses to read an artifact, or a data file it has seen before: manifests and stats are enough, so that an 800 GB store
+plans in the time of a small one. Run it: `kilotok plan SPEC`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.runner import why_build
 from tasks.stages import REGISTRY, Stage
 from tasks.store import Found, Store
-from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of
+from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of, why_build
 from tasks.store.memo import Memo
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from tasks.edges.process import accelerator, exit_words, last_lines, spawn, stop
 from tasks.job import Job, Progress
 from tasks.stages import REGISTRY, Stage
 from tasks.store import Manifest, Meta, Store
-from tasks.store.keys import CODE_ROOT, SpecView, components, explain, key_of, view_of
+from tasks.store.keys import CODE_ROOT, SpecView, components, key_of, view_of, why_build
 from tasks.store.local import as_store_error
 from tasks.store.memo import Memo
 
@@ -40,7 +40,7 @@ _RESULT_GRACE_S = 60.0  # for a child that has sent its result to let go of thre
 
 @dataclass(frozen=True)
 class StageEvent:
-    """What a run shows: `kind` is started, progress, note or finished. A stage that fails raises instead of finishing."""
+    """What a run shows: `kind` is started, progress, note or finished; a stage that fails raises."""
 
     stage: str
     kind: str
@@ -104,18 +104,6 @@ def run_stage(
     )  # fmt: skip
     report(StageEvent(name, "finished", 1, 1, f"{state}: {reason}", receipt))
     return receipt
-
-
-def why_build(stage: Stage, parts: Mapping[str, str], store: Store, spec_name: str) -> str:
-    """The reason in words that this key has no artifact to reuse."""
-    record = store.history(stage.name, spec_name)
-    key = key_of(parts)
-    problem = store.inspect(stage.name, key).problem
-    if problem:
-        return f"rebuild, {problem}"
-    if record and record["key"] == key and not record.get("cacheable", True):
-        return "measured again, the last verdict was not a pass"
-    return explain(record and record["components"], parts)
 
 
 def is_alive(stage: Stage, folder: Path) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tasks
 from tasks.edges import machine
 from tasks.stages import Stage
+from tasks.store import Store
 from tasks.store.manifest import components_key
 from tasks.store.memo import Memo
 
@@ -70,6 +71,7 @@ def components(
     if "name" not in stage.reads:
         sliced.pop("name")
     leaves = flatten(sliced)
+    leaves.pop("model.token", None)  # who asks does not change what is sent
     found = {"stage": stage.name, "format": FORMAT}
     found |= {f"spec.{name}": json.dumps(value, ensure_ascii=False) for name, value in leaves.items()}
     found |= {f"data.{name}": digest for name, digest in _data(leaves, view, memo).items()}
@@ -149,6 +151,18 @@ def explain(old: Mapping[str, str] | None, new: Mapping[str, str], limit: int = 
         return "rebuild, the artifact is gone"
     more = f" and {len(words) - limit} more" if len(words) > limit else ""
     return "rebuild, " + "; ".join(words[:limit]) + more
+
+
+def why_build(stage: Stage, parts: Mapping[str, str], store: Store, spec_name: str) -> str:
+    """The reason in words that this key has no artifact to reuse."""
+    record = store.history(stage.name, spec_name)
+    key = key_of(parts)
+    problem = store.inspect(stage.name, key).problem
+    if problem:
+        return f"rebuild, {problem}"
+    if record and record["key"] == key and not record.get("cacheable", True):
+        return "measured again, the last verdict was not a pass"
+    return explain(record and record["components"], parts)
 
 
 def _phrase(name: str, old: str | None, new: str | None) -> str:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -194,7 +195,10 @@ class LocalStore:
         hashes = hash_files(folder, [file.path for file in same_size])
         wrong += [f"{f.path}: content changed (sha256)" for f in same_size if hashes[f.path] != f.sha256]
         listed = {file.path for file in manifest.files}
-        wrong += [f"{name}: not in the manifest" for name, _ in walk(folder) if name not in listed]
+        try:
+            wrong += [f"{name}: not in the manifest" for name, _ in walk(folder) if name not in listed]
+        except IntegrityError as error:
+            wrong.append(error.what)
         return sorted(wrong)
 
     # -- small records -----------------------------------------------------------------------------------------------
@@ -241,6 +245,8 @@ class LocalStore:
                 status = os.lstat(folder / file.path)
             except OSError:
                 return Found(problem=f"damaged: {file.path} is missing")
+            if not stat.S_ISREG(status.st_mode):
+                return Found(problem=f"damaged: {file.path} is not a plain file")
             if status.st_size != file.size:
                 return Found(problem=f"damaged: {_size_problem(file, status.st_size)}")
             if status.st_mtime_ns != file.mtime_ns:
@@ -308,10 +314,12 @@ def _now() -> str:
 
 
 def _size_of(path: Path) -> int | None:
+    """None for what is not there as a plain file: a link is not the file it points to."""
     try:
-        return os.lstat(path).st_size
+        status = os.lstat(path)
     except OSError:
         return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _size_problem(file: FileEntry, size: int | None) -> str:

@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from tasks.plan import Row, plan
 from tasks.store import FileEntry, LocalStore, Manifest
@@ -112,5 +111,6 @@ tree = {name: {} for name in ("model", "quantize", "draft", "engine", "deploy", 
 found = plan(SpecView("big", tree, Path(".")), open_store(sys.argv[1]))
 heavy = {"torch", "prefect", "boto3", "transformers"} & set(sys.modules)
 assert not heavy, heavy
-print(json.dumps({"order": list(REGISTRY), "keys": {r.stage: r.key for r in found.rows}, "all_cached": found.all_cached}))
+keys = {row.stage: row.key for row in found.rows}
+print(json.dumps({"order": list(REGISTRY), "keys": keys, "all_cached": found.all_cached}))
 """
