@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -19,14 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from specs.errors import NetworkError
-from tasks.edges.process import die_with_parent
+from tasks.edges.process import spawn, stop
 
 START_TIMEOUT_S = 120  # a cold start migrates a database: 20 s on two idle cores, far more on a busy machine
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # our own terminal speaks; the server keeps every line
 }
 
 
@@ -43,10 +42,12 @@ def prefect_server(home: Path, say: Callable[[str], None]) -> Iterator[str]:
     try:
         say(f"  [dim]Prefect   {url.removesuffix('/api')} for this run (none is configured)[/]")
         with temporary_settings({PREFECT_API_URL: url}):
-            yield url
-            _flush(url)
+            try:
+                yield url
+            finally:
+                _flush()
     finally:
-        _stop(server)
+        stop(server, 8.0)
 
 
 def _start(home: Path) -> tuple[str, subprocess.Popen[bytes]]:
@@ -58,18 +59,17 @@ def _start(home: Path) -> tuple[str, subprocess.Popen[bytes]]:
     env = {**os.environ, **QUIET, "PREFECT_HOME": str(home.resolve()), "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
     log = home / "server.log"
     argv = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as sink:
-        server = subprocess.Popen(argv, env=env, stdout=sink, stderr=sink, start_new_session=True, preexec_fn=die_with_parent)
+    server = spawn(argv, log, env=env)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=2):
             return f"http://127.0.0.1:{port}/api", server
         time.sleep(0.1)
-    _stop(server)
+    stop(server, 8.0)
     raise NetworkError("the local Prefect server did not start", str(log), "read that log, or set PREFECT_API_URL to a running server")
 
 
-def _flush(url: str) -> None:
+def _flush() -> None:
     """Send what is still queued: task states travel as events, and a server stopped too early loses them."""
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
@@ -77,12 +77,3 @@ def _flush(url: str) -> None:
     for worker in (EventsWorker, APILogWorker):
         worker.drain_all(timeout=10)
     time.sleep(1.0)  # the server writes its own queue once a second
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    for send in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, send)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=8)
-            return

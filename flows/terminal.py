@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 MARKS = {"built": "[green]✓[/]", "cached": "[blue]≡[/]", "failed": "[red]✗[/]"}
@@ -45,7 +46,7 @@ class Terminal:
 
     def _advance(self, event: Any) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event.done, total=event.total or None, description=event.text)
+            self._bar.update(self._task, completed=event.done, total=event.total or None, description=escape(event.text))
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -54,7 +55,7 @@ class Terminal:
 
     def line(self, receipt: Any) -> None:
         """The stage's one line: mark, name, state, seconds, size, and why it was not a hit."""
-        reason = "" if receipt.state == "cached" else f"  [dim]{receipt.reason}[/]"
+        reason = "" if receipt.state == "cached" else f"  [dim]{escape(receipt.reason)}[/]"
         size = human_bytes(receipt.size_bytes) if receipt.size_bytes else ""
         self.console.print(f"  {MARKS[receipt.state]} {receipt.stage:<13} {receipt.state:<7} {receipt.seconds:7.1f} s {size:>10}{reason}")
 
@@ -82,6 +83,6 @@ def verdict_lines(record: Mapping[str, Any]) -> list[str]:
         headline += f", {tps / metrics['baseline.tps_per_user.p50']:.1f}x the BF16 baseline"
     colour = {"PASS": "green", "UNDERPOWERED": "yellow"}.get(record["verdict"], "red")
     lines = ["", f"  verdict   [bold {colour}]{record['verdict']}[/]  {headline}"]
-    lines += [f"            [red]✗[/] {gate['metric']}: {gate['reason']}" for gate in record["gates"] if gate["verdict"] != "PASS"]
+    lines += [f"            [red]✗[/] {gate['metric']}: {escape(gate['reason'])}" for gate in record["gates"] if gate["verdict"] != "PASS"]
     lines += [f"  {name:<9} {record[name]}" for name in ("report", "endpoint") if record.get(name)]
     return lines
