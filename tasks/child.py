@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -69,8 +70,9 @@ def main(argv: list[str]) -> int:
     try:
         metrics = call_entry(task["entry"], job, Progress(pipe.progress))
     except Exception as error:  # noqa: BLE001  process boundary: the parent must hear of every failure
-        traceback.print_exc()
         pipe.send(kind="error", error=as_error(error, job.stage).to_dict())
+        with suppress(OSError):  # the log may be on the disk that is full
+            traceback.print_exc()
         return 1
     pipe.send(kind="result", metrics=metrics)
     return 0

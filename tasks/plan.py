@@ -122,7 +122,8 @@ def _row(
 
 def _depends(unknown: list[str], parts: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
     """Which inputs it waits for; its own changes too, for they make a rebuild certain."""
-    words = f"depends on {' and '.join(unknown)}"
+    *first, last = unknown
+    words = f"depends on {', '.join(first)} and {last}" if first else f"depends on {last}"
     if not record:
         return words
     waiting = {f"input.{name}" for name in unknown}

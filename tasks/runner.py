@@ -209,6 +209,7 @@ def _run_isolated(build: _Build, job: Job, lease: int | None) -> dict[str, float
             if message["kind"] == "progress":
                 _progress(build, message["done"], message["total"], message["note"])
             elif message["kind"] == "error":
+                _let_end(process)  # its log's last lines are part of the error
                 raise _told(from_dict(message["error"]), log)
             else:
                 _let_end(process)

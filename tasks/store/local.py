@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -177,11 +177,13 @@ class LocalStore:
                 _remove(aside)
             return manifest
 
-    def lease(self, name: str, on_wait: Callable[[str], None] | None = None) -> AbstractContextManager[int | None]:
+    @contextmanager
+    def lease(self, name: str, on_wait: Callable[[str], None] | None = None) -> Iterator[int | None]:
         """Hold `name` against every other run; yields a descriptor for children to inherit, freed when all are gone."""
-        with store_errors(self.root):
-            (self.root / "leases").mkdir(parents=True, exist_ok=True)
-            return file_lease(self._lease_path(name), name, on_wait)
+        with ExitStack() as held:
+            with store_errors(self.root):
+                descriptor = held.enter_context(file_lease(self._lease_path(name), name, on_wait))
+            yield descriptor
 
     def leases(self) -> list[dict[str, Any]]:
         return held_leases(self.root / "leases")
