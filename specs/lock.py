@@ -37,6 +37,7 @@ class Lock:
     source: str
     revision: str  # the commit; "" for sources that have none (file:, s3://), whose hashes say it all
     requested: str = "main"  # the branch or tag the spec asked for when this was made
+    globs: tuple[str, ...] | None = None  # model.files of the spec when this was made
     files: dict[str, FileLock] = field(default_factory=dict)
     data: dict[str, FileLock] = field(default_factory=dict)
 
@@ -47,7 +48,8 @@ class Lock:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict as it stands in the YAML file."""
-        return {"kilotok_lock": LOCK_VERSION, **asdict(self)}
+        globs = None if self.globs is None else list(self.globs)
+        return {"kilotok_lock": LOCK_VERSION, **asdict(self), "globs": globs}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "lock") -> Lock:
@@ -56,7 +58,8 @@ class Lock:
             raise LockError("not a kilotok lock of version 1", where, "make it again: kilotok lock SPEC")
         try:
             tables = {name: {path: FileLock(**entry) for path, entry in data.get(name, {}).items()} for name in _TABLES}
-            lock = cls(str(data["source"]), str(data["revision"]), str(data["requested"]), **tables)
+            globs = None if data.get("globs") is None else tuple(data["globs"])
+            lock = cls(str(data["source"]), str(data["revision"]), str(data["requested"]), globs, **tables)
         except (KeyError, TypeError, AttributeError) as error:
             raise LockError(f"broken lock: {error}", where, "make it again: kilotok lock SPEC") from error
         for path, entry in [*lock.files.items(), *lock.data.items()]:
@@ -120,6 +123,8 @@ def check_lock(spec: Spec, lock: Lock | None) -> Lock:
         raise LockError(f"the lock is for {lock.source}, the spec says {spec.model.source}", where, fix)
     if lock.requested != spec.model.revision and lock.revision != spec.model.revision:
         raise LockError(f"the lock is for revision {lock.requested}, the spec says {spec.model.revision}", where, fix)
+    if lock.globs != spec.model.files:
+        raise LockError("model.files has changed since the lock was made", where, fix)
     missing = [uri for uri in data_uris(spec) if uri not in lock.data]
     if missing:
         raise LockError(f"the lock does not have {', '.join(missing)}", where, fix)
