@@ -1,0 +1,40 @@
+"""The report of a build: index.html, report.md and report.json, drawn from what the earlier stages left.
+
+Refuses to judge and to fetch: verdicts are `validate`'s, and the page asks no server for anything.
+Run it: `kilotok run SPEC` (stage `report`); `python -m tasks.report REPORT_JSON OUT` draws a record again.
+"""
+
+from __future__ import annotations
+
+import json
+
+from tasks.job import Job, Progress
+
+
+def build(job: Job, progress: Progress) -> dict[str, float]:
+    """Write the report into `job.out`; returns the page's size. Missing measurements are shown as such, never raised."""
+    from tasks.report.collect import collect
+    from tasks.report.markdown import render as markdown
+    from tasks.report.model_card import render as model_card
+    from tasks.report.page import render as page
+
+    progress(0, 3, "reading what the stages left")
+    report = collect(job)
+    progress(1, 3, "drawing")
+    html = page(report)
+    (job.out / "index.html").write_text(html, encoding="utf-8")
+    (job.out / "report.md").write_text(markdown(report), encoding="utf-8")
+    (job.out / "README.md").write_text(model_card(report), encoding="utf-8")
+    (job.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    progress(3, 3, "drawn")
+    return {"report.bytes": float(len(html.encode()))}
+
+
+def compare(before: dict, after: dict) -> str:
+    """The page that sets two builds side by side; both are contents of report.json."""
+    from tasks.report.compare import render
+
+    return render(before, after)
+
+
+__all__ = ["build", "compare"]

@@ -1,0 +1,170 @@
+"""Plain words, units and directions for flat metric names, and how a figure is written.
+
+Refuses to judge: a direction here only says which way is better when two builds are compared; verdicts come from `validate`.
+Run it: `python -m pytest tests/tasks/test_report_words.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a metric is called, its unit, and which way is better (+1 up, -1 down, 0 neither)."""
+
+    label: str
+    unit: str = ""
+    better: int = 0
+
+
+# First match wins. A backslash group becomes part of the label.
+_MEANINGS: tuple[tuple[str, Meaning], ...] = (
+    (r"latency\.tps_per_user\.(\w+)", Meaning(r"Speed for one user, \1", "tokens/s", 1)),
+    (r"latency\.e2e_tps\.(\w+)", Meaning(r"Speed end to end, \1", "tokens/s", 1)),
+    (r"latency\.tps_per_server(?:\.(\w+))?", Meaning(r"Speed of the whole server", "tokens/s", 1)),
+    (r"latency\.ttft_ms\.(\w+)", Meaning(r"Time to first token, \1", "ms", -1)),
+    (r"latency\.itl_ms\.(\w+)", Meaning(r"Time between tokens, \1", "ms", -1)),
+    (r"baseline\.tps_per_user\.(\w+)", Meaning(r"Speed without speculation, \1", "tokens/s", 1)),
+    (r"speedup", Meaning("Gain from speculation", "x", 1)),
+    (r"acceptance\.length", Meaning("Tokens per cycle", "tokens", 1)),
+    (r"acceptance\.length\.(.+)", Meaning(r"Tokens per cycle, \1", "tokens", 1)),
+    (r"acceptance\.position\.(\d+)", Meaning(r"Draft token \1 accepted", "%", 1)),
+    (r"acceptance\.position\.(\d+)\.(.+)", Meaning(r"Draft token \1 accepted, \2", "%", 1)),
+    (r"accuracy\.source", Meaning("Accuracy, source model", "%", 1)),
+    (r"accuracy\.served", Meaning("Accuracy, served model", "%", 1)),
+    (r"accuracy\.difference", Meaning("Accuracy, served minus source", "points", 1)),
+    (r"accuracy\.(?:(.+)\.)?(?:low|high|problems)", Meaning(r"", "", 0)),
+    (r"accuracy\.(.+)\.source", Meaning(r"Accuracy of \1, source model", "%", 1)),
+    (r"accuracy\.(.+)\.served", Meaning(r"Accuracy of \1, served model", "%", 1)),
+    (r"accuracy\.(.+)\.difference", Meaning(r"Accuracy of \1, served minus source", "points", 1)),
+    (r"cycle\.us", Meaning("Time of one cycle", "us", -1)),
+    (r"cycle\.(.+)_us", Meaning(r"Cycle: \1", "us", -1)),
+    (r"client\.error_percent", Meaning("Error of our own stopwatch", "percent", -1)),
+    (r"quantize\.sqnr_db\.(\w+)", Meaning(r"Quantization signal to noise, \1", "dB", 1)),
+    (r"(.*)\.bytes", Meaning(r"Size of \1", "bytes", 0)),
+    (r"(.*)_seconds", Meaning(r"\1", "s", -1)),
+)
+_WORDS = {"p50": "median", "p10": "slowest tenth", "p90": "90th percentile", "p95": "95th percentile", "p99": "99th percentile"}
+
+
+def meaning(metric: str) -> Meaning:
+    """The first pattern that fits; a metric nobody described keeps its own name."""
+    for pattern, found in _MEANINGS:
+        match = re.fullmatch(pattern, metric)
+        if match:
+            label = match.expand(found.label)
+            for short, long in _WORDS.items():
+                label = re.sub(rf"\b{short}\b", long, label)
+            return Meaning(label.replace("_", " ") or metric.replace("_", " "), found.unit, found.better)
+    return Meaning(metric.replace("_", " "))
+
+
+def figure(value: Any, unit: str = "") -> str:
+    """A number as a person reads it: three significant digits, thousands apart, shares as percent; else 'not measured'."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    if unit == "%":
+        return f"{100 * number:.1f} %"
+    if unit == "points":
+        return f"{signed(100 * number, 1)} pt"
+    if unit == "bytes":
+        return size(number)
+    if unit == "us":
+        return micros(number)
+    if unit == "percent":
+        return f"{three(number)} %"
+    return f"{three(number)} {unit}".rstrip()
+
+
+def three(number: float) -> str:
+    """Three significant digits, never in exponent form for what people compare by eye: 1,038 · 212 · 2.61 · 0.0123."""
+    if number == 0 or not math.isfinite(number):
+        return "0" if number == 0 else str(number)
+    magnitude = math.floor(math.log10(abs(number)))
+    if magnitude >= 2:
+        return f"{number:,.0f}".replace("-", "\N{MINUS SIGN}")
+    if magnitude < -6:
+        return f"{number:.2e}"
+    return f"{number:.{2 - magnitude}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def signed(number: float, digits: int) -> str:
+    """With its sign, and a real minus."""
+    return f"{number:+,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def micros(us: float) -> str:
+    """Microseconds in the unit that gives one to three digits before the point."""
+    for limit, scale, name in ((1e3, 1.0, "us"), (1e6, 1e3, "ms")):
+        if abs(us) < limit:
+            return f"{three(us / scale)} {'µs' if name == 'us' else name}"
+    return f"{three(us / 1e6)} s"
+
+
+def seconds(value: Any) -> str:
+    """0.4 s · 12.3 s · 4 min 05 s · 2 h 10 min."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    if number < 99.95:
+        return f"{number:.1f} s"
+    minutes, rest = divmod(round(number), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(value: Any) -> str:
+    """Bytes in binary units."""
+    number = as_number(value)
+    if number is None:
+        return NOT_MEASURED
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(number) < 1024 or unit == "TiB":
+            return f"{number:.0f} B" if unit == "B" else f"{three(number)} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable")
+
+
+def change(before: float, after: float) -> str:
+    """Relative change in words, or the absolute one where a ratio means nothing."""
+    if before == 0 or not math.isfinite(before):
+        return signed(after - before, 2)
+    percent = 100 * (after - before) / abs(before)
+    return "no change" if abs(percent) < 0.05 else f"{signed(percent, 1)} %"
+
+
+def as_number(value: Any) -> float | None:
+    """A finite float, or None for what is missing, NaN or not a number; bool is not a figure."""
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def count(number: int, singular: str, plural: str = "") -> str:
+    """1 gate, 3 gates."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """a, b and c; a, b, c and 4 more."""
+    if len(names) > limit:
+        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def first(mapping: Mapping[str, Any], *names: str) -> Any:
+    """The first of several spellings that is present and not null."""
+    return next((mapping[name] for name in names if mapping.get(name) is not None), None)
