@@ -39,7 +39,7 @@ def acceptance_frame(usages: Iterable[tuple[str, Mapping[str, Any]]], draft_toke
             reached = n if position == 1 else by_position[position - 2]
             rate = number / reached if reached else float("nan")
             rows.append((domain, position, n, reached, number, rate, length))
-    frame = pd.DataFrame(rows, columns=["domain", "position", "cycles", "reached", "accepted", "rate", "length"])
+    frame = pd.DataFrame(rows, columns=["domain", "position", "cycles", "drafted", "accepted", "rate", "length"])
     frame = frame.astype({"domain": str, "rate": float, "length": float})
     return check(frame, Acceptance, "acceptance.parquet")
 

@@ -42,6 +42,7 @@ class MockPlan:
     draft_tokens: int = 3
     fault: str = ""
     answers: str = ""  # JSON lines with prompt and answer
+    tokenizer: str = ""  # a tokenizer.json, to cut answers into true tokens; without it twelve pieces pass for 36 tokens
     wrong_every: int = 0  # every nth problem of the file is answered wrongly
     serial: bool = False  # one request at a time: the others queue, as behind a stalled engine
 
@@ -85,8 +86,13 @@ class MockServer:
         self.busy_until_s = 0.0
         self.answers: dict[str, str] = {}
         self.cache: dict[tuple[str, int | None, bool], Schedule] = {}
+        self.tokenizer: Any = None
         if plan.answers:
             self._read_answers()
+        if plan.tokenizer:
+            from tokenizers import Tokenizer  # only here: the self-test's mock must start at once
+
+            self.tokenizer = Tokenizer.from_file(plan.tokenizer)
 
     def _read_answers(self) -> None:
         lines = Path(self.plan.answers).read_text(encoding="utf-8").splitlines()
@@ -197,6 +203,8 @@ class MockServer:
         prompt = messages[-1]["content"] if messages else ask.get("prompt", "")
         if prompt in self.answers:
             text = self.answers[prompt]
+            if self.tokenizer is not None:
+                return self._token_pieces(text)
             size = max(1, len(text) // 12)
             return [(3, text[i : i + size]) for i in range(0, len(text), size)]
         pieces, left, turn = [], min(self.plan.tokens, ask.get("max_tokens") or self.plan.tokens), 0
@@ -204,6 +212,15 @@ class MockServer:
             size = min(left, self.plan.pattern[turn % len(self.plan.pattern)])
             pieces.append((size, self.plan.word * size))
             left, turn = left - size, turn + 1
+        return pieces
+
+    def _token_pieces(self, text: str) -> list[tuple[int, str]]:
+        ends = [end for _, end in self.tokenizer.encode(text, add_special_tokens=False).offsets]
+        pieces, done, turn = [], 0, 0
+        while done < len(ends):
+            size = min(self.plan.pattern[turn % len(self.plan.pattern)], len(ends) - done)
+            pieces.append((size, text[ends[done - 1] if done else 0 : ends[done + size - 1]]))
+            done, turn = done + size, turn + 1
         return pieces
 
     def _schedule(self, ask: dict[str, Any], chat: bool) -> Schedule:

@@ -80,12 +80,12 @@ class Problems(pa.DataFrameModel):
 
 
 class Acceptance(pa.DataFrameModel):
-    """Per domain (and `all`): tokens per cycle, and how often draft position `position` was accepted once reached."""
+    """Per domain (and `all`): tokens per cycle, and how often draft position `position` was accepted once drafted."""
 
     domain: Series[str] = pa.Field(str_length={"min_value": 1})
     position: Series[int] = pa.Field(ge=1)
     cycles: Series[int] = pa.Field(ge=0)
-    reached: Series[int] = pa.Field(ge=0)
+    drafted: Series[int] = pa.Field(ge=0)
     accepted: Series[int] = pa.Field(ge=0)
     rate: Series[float] = pa.Field(ge=0, le=1, nullable=True)
     length: Series[float] = pa.Field(ge=1, nullable=True)
@@ -94,9 +94,9 @@ class Acceptance(pa.DataFrameModel):
         strict = True
         unique = ["domain", "position"]
 
-    @pa.dataframe_check(error="no more accepted than reached")
-    def accepted_within_reached(cls, frame: pd.DataFrame) -> Series[bool]:  # noqa: N805
-        return frame["accepted"] <= frame["reached"]
+    @pa.dataframe_check(error="no more accepted than drafted")
+    def accepted_within_drafted(cls, frame: pd.DataFrame) -> Series[bool]:  # noqa: N805
+        return frame["accepted"] <= frame["drafted"]
 
 
 def check(frame: pd.DataFrame, model: type[pa.DataFrameModel], where: str = "") -> pd.DataFrame:
