@@ -49,13 +49,14 @@ def call_entry(entry: str, job: Job, progress: Progress) -> dict[str, float]:
     return {str(name): float(value) for name, value in (metrics or {}).items()}
 
 
-def as_error(error: Exception, stage: str) -> KilotokError:
+def as_error(error: Exception, job: Job) -> KilotokError:
     """What crosses the border: our own errors as they are, a full disk as such, anything else by its name."""
     if isinstance(error, KilotokError):
         return error
-    if isinstance(error, OSError) and (known := as_store_error(error, error.filename or stage)):
+    ours = isinstance(error, OSError) and str(error.filename or job.out).startswith(str(job.out))
+    if ours and (known := as_store_error(error, error.filename or job.out)):
         return known
-    return StageFailed(f"{stage} failed: {type(error).__name__}: {error}", stage)
+    return StageFailed(f"{job.stage} failed: {type(error).__name__}: {error}", job.stage)
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
     try:
         metrics = call_entry(task["entry"], job, Progress(pipe.progress))
     except Exception as error:  # noqa: BLE001  process boundary: the parent must hear of every failure
-        pipe.send(kind="error", error=as_error(error, job.stage).to_dict())
+        pipe.send(kind="error", error=as_error(error, job).to_dict())
         with suppress(OSError):  # the log may be on the disk that is full
             traceback.print_exc()
         return 1

@@ -176,7 +176,7 @@ def _run_here(build: _Build, job: Job) -> dict[str, float]:
     except KilotokError:
         raise
     except Exception as error:  # noqa: BLE001  stage boundary: a bug in one stage is that stage's failure
-        raise as_error(error, job.stage) from error
+        raise as_error(error, job) from error
 
 
 def _progress(build: _Build, done: float, total: float, note: str) -> None:

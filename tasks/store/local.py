@@ -145,26 +145,31 @@ class LocalStore:
             return path
 
     def publish(self, stage: str, key: str, workdir: Path, meta: Meta) -> Manifest:
-        """Turn a finished work directory into an artifact: hash, fsync, manifest, one rename."""
+        """Turn a finished work directory into an artifact: hash, state its provenance, manifest, one rename."""
+        from tasks.provenance import write_statements  # signing needs a library that only publishing should pay for
+
         with store_errors(self.root):
-            found = walk(workdir)
-            files = describe_files(workdir, found)
+            files = describe_files(workdir, walk(workdir))
             manifest = Manifest(
-                stage, key, dict(meta.components), files, content_digest(files), dict(meta.metrics),
-                dict(meta.provenance), dict(meta.inputs), _now(), meta.cacheable,
-            )  # fmt: skip
-            for file in files:
-                _fsync(workdir / file.path)
+                stage,
+                key,
+                dict(meta.components),
+                files,
+                content_digest(files),
+                dict(meta.metrics),
+                dict(meta.provenance),
+                dict(meta.inputs),
+                _now(),
+                meta.cacheable,
+            )
+            write_statements(manifest, workdir / PROVENANCE, self.uri)
             return self.adopt(manifest, workdir)
 
     def adopt(self, manifest: Manifest, workdir: Path) -> Manifest:
-        """Publish files whose manifest is already known (just made here, or checked on arrival from elsewhere)."""
-        from tasks.provenance import (
-            write_statements,  # it needs the store to walk lineage; here only to leave its files
-        )
-
+        """Make an artifact of files known to match: fsync, manifest last, then the one rename that shows it."""
         with store_errors(self.root):
-            write_statements(manifest, workdir / PROVENANCE, self.uri)
+            for file in manifest.files:
+                _fsync(workdir / file.path)
             _write_atomic(workdir / MANIFEST, manifest.to_json())
             _fsync(workdir)
             _remove(workdir / SCRATCH)

@@ -119,7 +119,7 @@ def test_interrupted_run_takes_its_child_along(child_toy: Toy) -> None:
 
 @pytest.mark.parametrize("limit_bytes", [2000, 5500])
 def test_disk_that_fills_is_one_clear_error_and_leaves_no_artifact(child_toy: Toy, limit_bytes: int) -> None:
-    """Files may not grow past the limit: 2000 stops the stage, 5500 the publication (the manifest is longer than `a.txt`)."""
+    """Files may not grow past the limit: 2000 stops the stage, 5500 the longer manifest."""
     process = start(child_toy, "", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)))
     error = result(process)
     assert process.returncode == 3 and error["what"] == "the store is not allowed files this large"

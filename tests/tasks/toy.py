@@ -36,7 +36,7 @@ def make(job, progress):
     if act == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if act == "full":
-        raise OSError(28, "No space left on device", "a.txt")
+        raise OSError(28, "No space left on device")
     if act == "wait":
         while not (job.root / "go").exists():
             time.sleep(0.02)
