@@ -103,18 +103,22 @@ class Admission:
             peer.settimeout(CONTROL_TIMEOUT_S)
             try:
                 line, descriptors, _, _ = socket.recv_fds(peer, 4096, 1)
-                reply = await self._obey(json.loads(line).get("do"), descriptors)
+                command = json.loads(line).get("do")
+                reply = await self._obey(command, descriptors)
             except (OSError, ValueError, AttributeError) as error:
-                reply = {"error": str(error)}
+                command, reply = None, {"error": str(error)}
+            lent = (
+                [sock.fileno() for sock in self._listener.sockets] if self._listener and command == "listener" else []
+            )
             with contextlib.suppress(OSError):
-                peer.sendall(json.dumps(reply).encode() + b"\n")
+                socket.send_fds(peer, [json.dumps(reply).encode() + b"\n"], lent)
 
     async def _obey(self, command: str | None, descriptors: list[int]) -> dict[str, Any]:
         if command == "accept" and descriptors:
             await self._accept(socket.socket(fileno=descriptors[0]))
         elif command == "release":
             self._release()
-        elif command != "status":
+        elif command not in ("status", "listener"):  # "listener" lends it back to a new keeper, if the old one died
             return {"error": f"unknown command {command!r}"}
         return self.status()
 

@@ -44,6 +44,7 @@ KEEP_ALIVE_S = (
     20  # longer than the usual clients' own limits (httpx 5 s, aiohttp 15 s): they close first, nothing is cut
 )
 RETRY_AFTER_S = 2
+DRAIN_LINGER_S = 1.0  # idle connections may still bring a request, which is owed a 503 and not a reset
 SWITCH_INTERVAL_S = 2e-4  # the engine thread must not wait 5 ms for the GIL between two steps
 
 
@@ -265,8 +266,10 @@ class NativeServer(uvicorn.Server):
         self._drain = asyncio.get_running_loop().create_task(self._exit_when_idle())
 
     async def _exit_when_idle(self) -> None:
-        while self.state.admission.num_active:
+        admission, patience_s = self.state.admission, DRAIN_LINGER_S
+        while admission.num_active or (self.server_state.connections and patience_s > 0):
             await asyncio.sleep(0.02)
+            patience_s = DRAIN_LINGER_S if admission.num_active else patience_s - 0.02
         self.should_exit = True
 
     async def shutdown(self, sockets: Any = None) -> None:

@@ -1,0 +1,175 @@
+// Sixteen float lanes on AVX2 (two registers) or AVX-512 (one), and the formats' bit tricks.
+//
+// What it is: the only file with intrinsics. Every function gives the same bits on both paths: sums go lane by lane and lanes
+// are added in one fixed order, so a bundle answers the same on every machine.
+// What it refuses to be: a vector library.
+// Run it: compiled by engine_plugins/native/compiler.py, once per path, in namespace kilotok_avx2 / kilotok_avx512.
+//
+// FP8 decode: E4M3 s.eeee.mmm moved into FP16 s.0eeee.mmm0000000 is the value times 2^-8, subnormals included; F16C does the
+// rest. The 2^8 sits in the matrix's scale. FP8 weights come as 16-bit words of two inputs for one output lane.
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "engine.h"
+
+namespace KILOTOK_NAMESPACE {
+using namespace kilotok;
+
+#define KT_INLINE static inline __attribute__((always_inline))
+
+#ifdef __AVX512F__
+constexpr int kMaxTileRows = 8;
+constexpr bool kWide = true;
+using V = __m512;
+KT_INLINE V vzero() { return _mm512_setzero_ps(); }
+KT_INLINE V vset1(float x) { return _mm512_set1_ps(x); }
+KT_INLINE V vload(const float* p) { return _mm512_loadu_ps(p); }
+KT_INLINE void vstore(float* p, V x) { _mm512_storeu_ps(p, x); }
+KT_INLINE V vadd(V a, V b) { return _mm512_add_ps(a, b); }
+KT_INLINE V vsub(V a, V b) { return _mm512_sub_ps(a, b); }
+KT_INLINE V vmul(V a, V b) { return _mm512_mul_ps(a, b); }
+KT_INLINE V vdiv(V a, V b) { return _mm512_div_ps(a, b); }
+KT_INLINE V vmax(V a, V b) { return _mm512_max_ps(a, b); }
+KT_INLINE V vmin(V a, V b) { return _mm512_min_ps(a, b); }
+KT_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+KT_INLINE V vround(V a) { return _mm512_roundscale_ps(a, 8); }
+KT_INLINE V vpow2(V n) {  // 2^n for integral n in -126..127
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+KT_INLINE V vbf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+KT_INLINE void vdecode_fp8(const uint8_t* p, V& even, V& odd) {
+  const __m256i mask = _mm256_set1_epi16((short)0xBF80);
+  __m256i word = _mm256_loadu_si256((const __m256i*)p);
+  even = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(word, 8), 1), mask));
+  odd = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), mask));
+}
+KT_INLINE void vdecode_bf16(const uint8_t* p, V& even, V& odd) {
+  __m512i word = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+KT_INLINE V vround_e4m3(V x) {  // to the E4M3 grid, nearest even; |x| <= 448 already
+  __m512i bits = _mm512_castps_si512(x);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+  __m512i moved = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFFF)), odd);
+  V normal = _mm512_castsi512_ps(_mm512_and_si512(moved, _mm512_set1_epi32((int)0xFFF00000)));
+  V tiny = _mm512_sub_ps(_mm512_add_ps(x, _mm512_set1_ps(24576.0f)), _mm512_set1_ps(24576.0f));  // steps of 2^-9
+  __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(0.015625f), _CMP_LT_OQ);
+  return _mm512_mask_blend_ps(small, normal, tiny);
+}
+#else
+constexpr int kMaxTileRows = 4;
+constexpr bool kWide = false;
+struct V {
+  __m256 a, b;
+};
+KT_INLINE V vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+KT_INLINE V vset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+KT_INLINE V vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+KT_INLINE void vstore(float* p, V x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
+KT_INLINE V vadd(V x, V y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+KT_INLINE V vsub(V x, V y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+KT_INLINE V vmul(V x, V y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+KT_INLINE V vdiv(V x, V y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+KT_INLINE V vmax(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+KT_INLINE V vmin(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+KT_INLINE V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+KT_INLINE V vround(V x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+KT_INLINE __m256 half_pow2(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+KT_INLINE V vpow2(V n) { return {half_pow2(n.a), half_pow2(n.b)}; }
+KT_INLINE __m256 half_bf16(const uint16_t* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+}
+KT_INLINE V vbf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
+KT_INLINE V from_fp16(__m256i h) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
+KT_INLINE void vdecode_fp8(const uint8_t* p, V& even, V& odd) {
+  const __m256i mask = _mm256_set1_epi16((short)0xBF80);
+  __m256i word = _mm256_loadu_si256((const __m256i*)p);
+  even = from_fp16(_mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(word, 8), 1), mask));
+  odd = from_fp16(_mm256_and_si256(_mm256_srai_epi16(word, 1), mask));
+}
+KT_INLINE void vdecode_bf16(const uint8_t* p, V& even, V& odd) {
+  const __m256i mask = _mm256_set1_epi32((int)0xFFFF0000);
+  __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + 32));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+}
+KT_INLINE __m256 half_round_e4m3(__m256 x) {
+  __m256i bits = _mm256_castps_si256(x);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+  __m256i moved = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFFF)), odd);
+  __m256 normal = _mm256_castsi256_ps(_mm256_and_si256(moved, _mm256_set1_epi32((int)0xFFF00000)));
+  __m256 tiny = _mm256_sub_ps(_mm256_add_ps(x, _mm256_set1_ps(24576.0f)), _mm256_set1_ps(24576.0f));
+  __m256 size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x);
+  return _mm256_blendv_ps(normal, tiny, _mm256_cmp_ps(size, _mm256_set1_ps(0.015625f), _CMP_LT_OQ));
+}
+KT_INLINE V vround_e4m3(V x) { return {half_round_e4m3(x.a), half_round_e4m3(x.b)}; }
+#endif
+
+KT_INLINE float vsum(V x) {  // fixed order: pairs of halves
+  float lanes[16];
+  vstore(lanes, x);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+KT_INLINE float vmax_lane(V x) {
+  float lanes[16];
+  vstore(lanes, x);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// exp with about 1 ulp: 2^n times a degree-6 polynomial (Cephes). Below -87 it gives 0 exactly.
+KT_INLINE V vexp(V x) {
+  const V low = vset1(-87.0f);
+  V clamped = vmin(vmax(x, low), vset1(88.0f));
+  V n = vround(vmul(clamped, vset1(1.44269504088896341f)));
+  V r = vfma(n, vset1(-0.693359375f), clamped);
+  r = vfma(n, vset1(2.12194440e-4f), r);
+  V p = vset1(1.9875691500e-4f);
+  p = vfma(p, r, vset1(1.3981999507e-3f));
+  p = vfma(p, r, vset1(8.3334519073e-3f));
+  p = vfma(p, r, vset1(4.1665795894e-2f));
+  p = vfma(p, r, vset1(1.6666665459e-1f));
+  p = vfma(p, r, vset1(5.0000001201e-1f));
+  p = vadd(vfma(p, vmul(r, r), r), vset1(1.0f));
+  return vmul(p, vpow2(n));
+}
+
+KT_INLINE V vsilu(V x) { return vdiv(x, vadd(vset1(1.0f), vexp(vsub(vzero(), x)))); }
+
+KT_INLINE V vquantize(V x, float inv_scale) {  // modelopt: clamp(x / scale) to +-448, then to the E4M3 grid
+  return vround_e4m3(vmin(vmax(vmul(x, vset1(inv_scale)), vset1(-448.0f)), vset1(448.0f)));
+}
+
+// The E4M3 code of a value that is on the grid already.
+KT_INLINE uint8_t encode_e4m3(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint8_t sign = (bits >> 24) & 0x80;
+  float size = fabsf(x);
+  if (size < 0.015625f) return sign | (uint8_t)(size * 512.0f);
+  return sign | (uint8_t)((((bits >> 23) & 0xFF) - 120) << 3) | ((bits >> 20) & 7);
+}
+
+KT_INLINE uint16_t encode_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// Threads write their rows next to each other; loops over lanes need no tail because every buffer is padded to 16.
+KT_INLINE int padded(int size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+}  // namespace KILOTOK_NAMESPACE
