@@ -229,8 +229,18 @@ class Spec(Section):
             "extends": {"type": "string", "description": "Another spec, beside this one, that this one changes."},
             **schema["properties"],
         }
-        required = schema.pop("required")
         schema["if"] = {"required": ["extends"]}
-        schema["then"] = {"required": ["extends", "name"]}
-        schema["else"] = {"required": required}
+        schema["then"] = {"required": ["name"]}
+        schema["else"] = _requirements(schema, schema["$defs"])
         return schema
+
+
+def _requirements(node: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Take `required` out of a section and those below it: a spec that extends another may leave any key out."""
+    found: dict[str, Any] = {"required": node.pop("required")} if "required" in node else {}
+    for key, field in node["properties"].items():
+        arms = [arm["$ref"].rsplit("/", 1)[1] for arm in (field, *field.get("anyOf", ())) if "$ref" in arm]
+        inner = _requirements(sections[arms[0]], sections) if arms else {}
+        if inner:
+            found.setdefault("properties", {})[key] = inner
+    return found

@@ -16,7 +16,18 @@ from specs import rules
 from specs.rules import Section, measured, section
 
 _BOUND = re.compile(r"(?P<factor>\d+(?:\.\d+)?) of (?P<reference>last_good|baseline)")
-METRIC_GROUPS = ("latency", "acceptance", "accuracy", "baseline", "cycle", "client", "quantize", "draft", "bundle")
+METRIC_GROUPS = (
+    "latency",
+    "acceptance",
+    "accuracy",
+    "baseline",
+    "cycle",
+    "client",
+    "throughput",
+    "quantize",
+    "draft",
+    "bundle",
+)
 
 
 class Accuracy(Section):

@@ -21,12 +21,13 @@ from tasks.job import Job, Progress
 from tests.tasks.fake_hub import COMMIT, FakeHub
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+INDEX = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
 FILES = {
     "config.json": b"{}",
     "model-1.safetensors": WEIGHTS,
     "model-2.safetensors": WEIGHTS[::-1],
-    "model.safetensors.index.json": json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode(),
-}  # fmt: skip  # noqa: E501
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+}
 SPEC = """
 kilotok: 1
 name: toy
