@@ -1,0 +1,111 @@
+"""The frozen target's hidden states, computed once per batch and kept as shards on disk.
+
+From the second epoch on the target never runs again: its forward pass is most of an online step. The disk is bounded: beyond
+the budget a batch is recomputed. Refuses to see gradients.
+Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tasks.train_draft import data
+
+BUDGET_BYTES = 8 << 30
+
+
+def default_capture_layers(num_layers: int) -> list[int]:
+    """The record's choice: near the start, the middle and the end; layer outputs counted from 0."""
+    return sorted({1, max(0, num_layers // 2 - 1), max(0, num_layers - 4)})
+
+
+class Capture:
+    """Runs the target and keeps the outputs of `layers` and of the final norm."""
+
+    def __init__(self, target: Any, layers: Sequence[int]) -> None:
+        self.target, self.layers = target, list(layers)
+        self._seen: dict[int, torch.Tensor] = {}
+        for i in self.layers:
+            target.model.layers[i].register_forward_hook(self._keep(i))
+        for module in target.modules():
+            if type(module).__name__ == "Llama4TextMoe" and module.top_k == 1:
+                module.forward = _routed_once(module)
+
+    def _keep(self, layer: int) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            self._seen[layer] = output if isinstance(output, torch.Tensor) else output[0]
+
+        return hook
+
+    @torch.no_grad()
+    def run(self, token_ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [B, L, 3H] and the last hidden state after the final norm [B, L, H]."""
+        self._seen.clear()
+        last = self.target.model(input_ids=token_ids_BL, use_cache=False).last_hidden_state
+        return torch.cat([self._seen[i] for i in self.layers], -1), last
+
+    @property
+    def recorded(self) -> list[int]:
+        return sorted(self._seen)
+
+
+def _routed_once(moe: Any) -> Any:
+    """Llama 4's MoE with each token through its one expert; transformers sends every token through all of them."""
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = hidden.reshape(-1, moe.hidden_dim)
+        logits = torch.nn.functional.linear(flat, moe.router.weight)
+        best, chosen = logits.max(-1)
+        scaled = flat * torch.sigmoid(best)[:, None]
+        out = moe.shared_expert(flat)
+        for expert in range(moe.num_experts):
+            rows = (chosen == expert).nonzero().squeeze(-1)
+            gate, up = (scaled[rows] @ moe.experts.gate_up_proj[expert]).chunk(2, -1)
+            out.index_add_(0, rows, (up * moe.experts.act_fn(gate)) @ moe.experts.down_proj[expert])
+        return out, logits
+
+    return forward
+
+
+class FeatureStore:
+    """Features of batches of sequences; `get` reads the shard or computes and writes it."""
+
+    def __init__(self, capture: Capture, path: Path, budget_bytes: int = BUDGET_BYTES) -> None:
+        self.capture, self.path, self.budget = capture, path, budget_bytes
+        path.mkdir(parents=True, exist_ok=True)
+        self.used = sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
+        self.computed = 0
+
+    def get(self, name: str, sequences: list[data.Sequence]) -> dict[str, torch.Tensor]:
+        """`features` [B, T, 3H] and `teacher` [B, R, H] in FP32, zero where a sequence has no row."""
+        shard = self.path / f"{name}.safetensors"
+        if shard.exists():
+            tensors = load_file(shard)
+        else:
+            tensors = self.compute(sequences)
+            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            if self.used + size <= self.budget:
+                self.used += size
+                temporary = shard.with_suffix(".tmp")
+                save_file(tensors, temporary)
+                os.replace(temporary, shard)  # a kill leaves a whole shard or none
+        return {key: value.float() for key, value in tensors.items()}
+
+    def compute(self, sequences: list[data.Sequence]) -> dict[str, torch.Tensor]:
+        self.computed += 1
+        longest = max(len(s.token_ids) for s in sequences)
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
+        features, last = self.capture.run(ids)
+        teacher = torch.zeros(len(sequences), max(s.chains for s in sequences), last.shape[-1])
+        for i, sequence in enumerate(sequences):
+            start, rows = sequence.prompt_tokens, sequence.chains
+            teacher[i, :rows] = last[i, start : start + rows]
+        return {"features": features[:, : longest - 2].bfloat16().contiguous(), "teacher": teacher.bfloat16()}

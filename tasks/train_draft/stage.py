@@ -1,0 +1,193 @@
+"""The train_draft stage in order: refuse, capture, convert, train, measure, export, compare with the engine.
+
+It refuses bad data before the first step and a bad head before the artifact counts.
+Run it: `python -m tasks.child JOB.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pandera.pandas as pa
+import torch
+
+from specs.errors import InputError
+from tasks.job import Job, Progress
+from tasks.prompts import template_sha256
+from tasks.train_draft import acceptance, data, detectors, features, head, trainer, vocabulary
+from tasks.train_draft.unroll import Unroller
+
+NUM_DRAFTS = 3  # the chain length that acceptance is reported for
+COMPARED = 4  # held-back answers on which trainer and engine must agree
+
+
+def build(job: Job, progress: Progress) -> dict[str, float]:
+    """EAGLE-3 head in `job.out`; returns `train_draft.*` metrics and the estimated acceptance."""
+    draft, source, answers = job.spec["draft"], job.inputs["download"], job.inputs["synthesize"]
+    summary = json.loads((answers / "summary.json").read_text())
+    detectors.check_template(summary["chat_template_sha256"], template_sha256(source))
+    training = draft["training"]
+    sequences = data.read_answers(answers / "answers.jsonl", int(training["sequence_length"]))
+    check_data(sequences)
+    train, held_back = data.split(sequences)
+
+    from transformers import AutoModelForCausalLM
+
+    progress(0, 1, "load")
+    torch.manual_seed(int(training["seed"]))
+    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    require_llama(target.config)
+    num_layers = target.config.num_hidden_layers
+    layers = list(draft.get("capture_layers") or features.default_capture_layers(num_layers))
+    capture = features.Capture(target, layers)
+    check_capture(capture, layers, train[0])
+    decoder = target.model.layers  # modelopt drops them from the model it converts; features still need them
+    store = features.FeatureStore(capture, job.scratch / "features")
+    d2t = draft_vocabulary(draft, train, target.config.vocab_size)
+    width = head.intermediate_size(draft, target.config)
+    model = head.convert(target, layers, width, int(training["ttt_steps"]), d2t)
+    target.model.layers = decoder
+    model.train()
+
+    run = trainer.Trainer(model, store, train, training, job.scratch)
+    state = run.run(progress)
+    progress.note("measure")
+    metrics = evaluate(model, store, held_back)
+    head.export(model, job.out)
+    metrics["train_draft.engine_difference"] = compare_with_engine(model, store, held_back, source, job.out)
+    write_curve(state.curve, job.out / "curve.parquet")
+    metrics.update(
+        {
+            "train_draft.steps": float(state.step),
+            "train_draft.seconds": state.seconds,
+            "train_draft.loss": state.curve[-1]["loss"] if state.curve else 0.0,
+            "train_draft.tokens_per_s": trained_tokens(run, state.step) / max(state.seconds, 1e-9),
+            "train_draft.parameters": float(sum(p.numel() for p in model.eagle_module.parameters())),
+        }
+    )
+    (job.out / "summary.json").write_text(
+        json.dumps(
+            {
+                "method": "eagle3",
+                "capture_layers": layers,
+                "chat_template_sha256": summary["chat_template_sha256"],
+                "sequences": len(train),
+                "held_back": len(held_back),
+                "metrics": metrics,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+    return metrics
+
+
+def require_llama(config: Any) -> None:
+    """The head's layout is only known for text decoders of the Llama family."""
+    if config.model_type not in ("llama4_text", "llama"):
+        raise InputError(f"no EAGLE-3 head for model type {config.model_type!r}", "config.json", "known: llama4_text, llama")
+
+
+def check_data(sequences: list[data.Sequence]) -> None:
+    """Masks and prompt ends, on every sequence: it is cheap and the fault is fatal."""
+    for sequence in sequences:
+        answer = sequence.token_ids[sequence.prompt_tokens :]
+        detectors.check_loss_mask(sequence.token_ids, sequence.loss_mask, answer, sequence.id)
+    detectors.check_prompt_end({s.token_ids[s.prompt_tokens - 1] for s in sequences}, "answers.jsonl")
+
+
+def check_capture(capture: features.Capture, layers: list[int], sequence: data.Sequence) -> None:
+    """Run one answer and compare what the hooks keep with transformers' own hidden states."""
+    ids = torch.tensor([sequence.token_ids])
+    recorded, _ = capture.run(ids)
+    detectors.check_capture_layers(layers, capture.recorded, capture.target.config.num_hidden_layers)
+    with torch.no_grad():
+        states = capture.target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    detectors.check_features(recorded[0], [state[0] for state in states], layers)
+
+
+def draft_vocabulary(draft: dict[str, Any], train: list[data.Sequence], vocab_size: int) -> torch.Tensor | None:
+    """d2t of a smaller draft vocabulary, or None for the target's own."""
+    size = draft.get("vocab_size")
+    if size is None or size == vocab_size:
+        return None
+    if size > vocab_size:
+        raise InputError(f"{size} is more than the target's {vocab_size}", "draft.vocab_size", "leave it out")
+    d2t = vocabulary.choose((s.token_ids[s.prompt_tokens :] for s in train), size, vocab_size)
+    detectors.check_vocabulary(d2t, vocab_size)
+    return d2t
+
+
+@torch.no_grad()
+def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequence]) -> dict[str, float]:
+    """Acceptance at three drafts on the held-back answers."""
+    unroller = Unroller(model.eagle_module, NUM_DRAFTS)
+    answers = []
+    for sequence in held_back:
+        batch = trainer.assemble([sequence], f32(store.compute([sequence])), model.model.embed_tokens.weight)
+        said = [to_target(model, logits[0].argmax(-1)) for logits in unroller.logits(batch)]
+        right = [(tokens == batch.tokens_BR[0, step:]).tolist() for step, tokens in enumerate(said)]
+        answers.append((sequence.domain, right))
+    return acceptance.replay(answers, NUM_DRAFTS)
+
+
+def to_target(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Draft vocabulary ids as target ids."""
+    return tokens + model.eagle_module.d2t[tokens] if hasattr(model.eagle_module, "d2t") else tokens
+
+
+def f32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def compare_with_engine(
+    model: Any, store: features.FeatureStore, held_back: Sequence[data.Sequence], source: Path, out: Path
+) -> float:
+    """The exported head, read by the engine's reference, against the trainer's on teacher-forced chains; worst difference."""
+    from engine_plugins.native.reference import ReferenceModel
+
+    reference = ReferenceModel.from_checkpoint(source, out)
+    unroller = Unroller(model.eagle_module, NUM_DRAFTS)
+    worst = 0.0
+    for sequence in held_back[:COMPARED]:
+        batch = trainer.assemble([sequence], f32(store.compute([sequence])), model.model.embed_tokens.weight)
+        ours = unroller.logits(batch)
+        start, ids = sequence.prompt_tokens, list(sequence.token_ids)
+        for row in {0, sequence.chains // 2}:
+            steps = min(NUM_DRAFTS, sequence.chains - row)
+            theirs = forced_chain(reference, ids, start + row, steps)
+            for step, logits in enumerate(theirs):
+                where = f"{sequence.id}: answer token {row}, draft step {step}"
+                worst = max(worst, detectors.check_engine(ours[step][0, row], logits, where))
+    return worst
+
+
+def forced_chain(reference: Any, token_ids: list[int], known: int, steps: int) -> list[torch.Tensor]:
+    """The engine's draft logits when features of `known` tokens are there and each further token is the answer's own."""
+    _, outputs = reference.forward(token_ids[:known])
+    hidden = reference.draft.combine(outputs)
+    logits = []
+    for step in range(steps):
+        row, out = reference.draft.forward(token_ids[1 : known + 1 + step], hidden)
+        logits.append(row[-1])
+        hidden = torch.cat((hidden, out[-1:]))
+    return logits
+
+
+def trained_tokens(run: trainer.Trainer, steps: int) -> float:
+    """Tokens of the sequences that were stepped on, prompts included."""
+    per_batch = [sum(len(run.sequences[i].token_ids) for i in batch) for batch in run.batches]
+    return float(sum(per_batch[data.batch_at(s, len(per_batch), int(run.spec["seed"]))] for s in range(steps)))
+
+
+def write_curve(curve: list[dict[str, float]], path: Path) -> None:
+    """curve.parquet: step, loss, acc_1 .. acc_n."""
+    frame = pd.DataFrame(curve)
+    rate = pa.Column(float, pa.Check.in_range(0, 1))
+    columns = {"step": pa.Column(float), "loss": pa.Column(float), **{c: rate for c in frame.columns if c.startswith("acc_")}}
+    pa.DataFrameSchema(columns, strict=True).validate(frame).to_parquet(path, index=False)
