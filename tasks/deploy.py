@@ -1,0 +1,94 @@
+"""The deploy stage: from a bundle to a running candidate that has answered sensibly, and a frozen plan of how it was
+started.
+
+The plan is what later calls start again (`tasks.deployment.ensure_running`), so it holds no port of the moment, no
+secret and nothing that another run would decide differently.
+
+It refuses a port that is taken, a bundle that is missing or unsigned where signatures are asked for, too little
+memory for the strategy, a server that does not become healthy, gibberish, and a draft that is never right. The live
+version serves on.
+
+Run it: `kilotok run SPEC`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specs.errors import InputError, IntegrityError
+from tasks.deployment.slots import PROJECT, base_url
+from tasks.deployment.steps import OnStep, opened
+from tasks.job import Job, Progress
+
+NATIVE_SERVER = ("-m", "engine_plugins.native.server")
+SIGNATURE = "bundle.json.sig"
+
+
+def build(
+    job: Job, progress: Progress, server: Sequence[str] = NATIVE_SERVER, on_step: OnStep | None = None
+) -> dict[str, float]:
+    """Start the candidate; write deployment.json. `server` and `on_step` are for tests."""
+    plan = make_plan(job, server)
+    if plan["to"] != "process":
+        raise InputError(f"deploy.to: {plan['to']} is not available in this version", "deploy.to", "use process")
+    progress.note("starting the candidate")
+    with opened(Path(plan["store"]), plan["name"], plan, on_step or progress.note) as deployment:
+        name = deployment.start(plan)
+        slot = deployment.record.slots[name]
+    started = {"slot": name, "base_url": base_url(slot), "log": slot["log"], "smoke": slot["smoke"]}
+    (job.out / "deployment.json").write_text(json.dumps({"plan": plan, "started": started}, indent=1) + "\n")
+    return {"deploy.smoke_acceptance": float(slot["smoke"]["acceptance_length"])}
+
+
+def make_plan(job: Job, server: Sequence[str] = NATIVE_SERVER) -> dict[str, Any]:
+    """Everything that a start needs, as JSON; `{port}` and `{control}` in argv are filled in at each start."""
+    deploy, engine = job.spec["deploy"], job.spec.get("engine", {})
+    bundle = job.inputs["build_engine"]
+    record = bundle / "bundle.json"
+    if not record.is_file():
+        raise InputError("there is no bundle here", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
+    if deploy.get("require_signature"):
+        check_signature(bundle)
+    name = str(job.spec["name"])
+    plan = {
+        "kilotok_deployment": 1,
+        "name": name,
+        "model": name,
+        "store": str(store_root(job.out)),
+        "to": deploy.get("to", "process"),
+        "strategy": deploy.get("strategy", "blue_green"),
+        "backend": engine.get("backend", "native"),
+        "host": deploy.get("host", "127.0.0.1"),
+        "port": int(deploy.get("port", 8000)),
+        "start_timeout_s": float(deploy.get("start_timeout_s", 120)),
+        "health_path": "/health",
+        "bundle": str(bundle),
+        "bundle_digest": hashlib.sha256(record.read_bytes()).hexdigest(),
+        "memory_bytes": sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
+        "argv": server_argv(name, bundle, deploy, server),
+        "env": {},
+        "cwd": str(PROJECT),
+    }
+    return {**plan, "digest": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()}
+
+
+def server_argv(name: str, bundle: Path, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
+    argv = [sys.executable, *server, "--bundle", str(bundle), "--served-model-name", name]
+    return [*argv, "--host", str(deploy.get("host", "127.0.0.1")), "--port", "{port}", "--control", "{control}"]
+
+
+def store_root(out: Path) -> Path:
+    """The local store that a stage's work directory (STORE/work/STAGE-KEY) belongs to."""
+    return out.parent.parent if out.parent.name == "work" else out.parent
+
+
+def check_signature(bundle: Path) -> None:
+    """Refuse an unsigned bundle."""
+    if not (bundle / SIGNATURE).is_file():
+        fix = "sign it (`kilotok store sign`), or set deploy.require_signature: false"
+        raise IntegrityError("the bundle is not signed and deploy.require_signature is set", str(bundle), fix)
