@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from specs.errors import InputError, KilotokError, StageFailed, StoreError, from_dict
 from specs.receipts import Receipt
-from tasks import provenance
+from tasks import attest, provenance
 from tasks.child import as_error, call_entry
 from tasks.edges.machine import gpu
 from tasks.edges.process import accelerator, exit_words, last_lines, spawn, stop
@@ -141,6 +141,7 @@ def _hit(build: _Build) -> tuple[Manifest | None, str]:
 
 def _build(build: _Build, lease: int | None) -> Manifest:
     stage, store = build.stage, build.store
+    attest.signing_key()  # a key that cannot sign is found out now, not after hours of work
     given = [name for name in (*stage.inputs, *stage.uses) if name in build.receipts]
     uris = {name: build.receipts[name].uri for name in given}
     inputs = {name: store.checkout(store.load(uri)) for name, uri in uris.items()}

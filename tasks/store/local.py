@@ -146,7 +146,7 @@ class LocalStore:
 
     def publish(self, stage: str, key: str, workdir: Path, meta: Meta) -> Manifest:
         """Turn a finished work directory into an artifact: hash, state its provenance, manifest, one rename."""
-        from tasks.provenance import write_statements  # signing needs a library that only publishing should pay for
+        from tasks.attest import write_statements  # only publishing should pay for it
 
         with store_errors(self.root):
             files = describe_files(workdir, walk(workdir))
