@@ -7,12 +7,13 @@ Run it: `kilotok run SPEC` (stage `report`); `python -m tasks.report REPORT_JSON
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from tasks.job import Job, Progress
 
 
 def build(job: Job, progress: Progress) -> dict[str, float]:
-    """Write the report into `job.out`; returns the page's size. Missing measurements are shown as such, never raised."""
+    """Write the report into `job.out`; returns the page's size. What was not measured is shown as such."""
     from tasks.report.collect import collect
     from tasks.report.markdown import render as markdown
     from tasks.report.model_card import render as model_card
@@ -30,11 +31,18 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     return {"report.bytes": float(len(html.encode()))}
 
 
-def compare(before: dict, after: dict) -> str:
+def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The page that sets two builds side by side; both are contents of report.json."""
     from tasks.report.compare import render
 
     return render(before, after)
 
 
-__all__ = ["build", "compare"]
+def history(records: list[dict[str, Any]]) -> str:
+    """The page of all builds of a spec; `records` are build records as `kilotok run --json` prints them."""
+    from tasks.report.history import render
+
+    return render(records)
+
+
+__all__ = ["build", "compare", "history"]

@@ -1,7 +1,8 @@
 """Gather: every earlier stage's artifact into one JSON-able record, the content of report.json.
 
-The page, the Markdown and the model card are functions of this record and of nothing else, so a report can be drawn again or
-compared years later. Refuses to stop at a missing or broken file: the file is named in `notes` and its section is null.
+The page, the Markdown and the model card are functions of this record and of nothing else, so a report can be
+drawn again or compared years later. Refuses to stop at a missing or broken file: it is named in `notes` and its
+section is null.
 Run it: `python -m tasks.report REPORT_JSON OUT` draws a record again.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.job import Job
-from tasks.report import lineage, measures
+from tasks.report import lineage, measures, quality
 from tasks.report.words import as_number, count, figure, first, listed, meaning, signed
 
 FORMAT = 1
@@ -46,9 +47,13 @@ def collect(job: Job) -> dict[str, Any]:
         "headline": measures.headline(metrics, cycle),
         "pareto": _pareto(requests, metrics),
         "cycle": cycle,
-        "acceptance": measures.acceptance(files.table("validate", "acceptance.parquet"), metrics, files.json("validate", "golden.json")),
-        "accuracy": measures.accuracy(files.table("validate", "problems.parquet"), metrics, rules, _accuracy_verdicts(outcome, summary)),
-        "quantization": measures.quantization(files.table("quantize", "layers.parquet")),
+        "acceptance": measures.acceptance(
+            files.table("validate", "acceptance.parquet"), metrics, files.json("validate", "golden.json")
+        ),
+        "accuracy": quality.accuracy(
+            files.table("validate", "problems.parquet"), metrics, rules, _accuracy_verdicts(outcome, summary)
+        ),
+        "quantization": quality.quantization(files.table("quantize", "layers.parquet")),
         "latency": measures.latency(requests),
         "draft": _draft(files),
         "stages": lineage.stages(receipts),
@@ -98,10 +103,16 @@ class Files:
         return folder / name if folder is not None and (folder / name).is_file() else None
 
 
-def _metrics(summary: Mapping[str, Any], outcome: Mapping[str, Any], receipts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _metrics(
+    summary: Mapping[str, Any], outcome: Mapping[str, Any], receipts: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
     """Every finite figure under its dotted name; validate's own word comes last and wins."""
     found: dict[str, float] = {}
-    nested = [receipt.get("metrics") for receipt in receipts] + [outcome.get("metrics"), summary.get("metrics"), summary]
+    nested = [receipt.get("metrics") for receipt in receipts] + [
+        outcome.get("metrics"),
+        summary.get("metrics"),
+        summary,
+    ]
     for source in nested:
         for name, value in (source or {}).items():
             number = None if isinstance(value, (str, Mapping, list)) else as_number(value)
@@ -111,8 +122,16 @@ def _metrics(summary: Mapping[str, Any], outcome: Mapping[str, Any], receipts: S
 
 
 # -- gates and verdict -------------------------------------------------------------------------------------------------
-_OPS = {"at_least": ("at_least", 1), ">=": ("at_least", 1), "ge": ("at_least", 1), "min": ("at_least", 1),
-        "at_most": ("at_most", -1), "<=": ("at_most", -1), "le": ("at_most", -1), "max": ("at_most", -1)}  # fmt: skip
+_OPS = {
+    "at_least": ("at_least", 1),
+    ">=": ("at_least", 1),
+    "ge": ("at_least", 1),
+    "min": ("at_least", 1),
+    "at_most": ("at_most", -1),
+    "<=": ("at_most", -1),
+    "le": ("at_most", -1),
+    "max": ("at_most", -1),
+}
 
 
 def _gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -124,12 +143,21 @@ def _gates(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         measured, required = as_number(first(row, "measured", "value")), as_number(first(row, "required", "bound"))
         margin = sign * (measured - required) if measured is not None and required is not None and sign else None
         words = meaning(metric)
-        found.append({
-            "metric": metric, "label": words.label, "unit": words.unit, "op": op, "measured": measured, "required": required,
-            "asked": _relative(row.get("asked")), "margin": margin,
-            "margin_share": margin / abs(required) if margin is not None and required else None,
-            "verdict": _gate_verdict(row, measured), "reason": str(row.get("reason") or ""),
-        })  # fmt: skip
+        found.append(
+            {
+                "metric": metric,
+                "label": words.label,
+                "unit": words.unit,
+                "op": op,
+                "measured": measured,
+                "required": required,
+                "asked": _relative(row.get("asked")),
+                "margin": margin,
+                "margin_share": margin / abs(required) if margin is not None and required else None,
+                "verdict": _gate_verdict(row, measured),
+                "reason": str(row.get("reason") or ""),
+            }
+        )
     order = {"FAIL": 0, "MISSING": 1, "UNDERPOWERED": 2, "FIRST": 3, "PASS": 4}
     return sorted(found, key=lambda gate: order[gate["verdict"]])
 
@@ -161,22 +189,36 @@ def _verdict(outcome: Mapping[str, Any], summary: Mapping[str, Any], gates: Sequ
 def sentence(report: Mapping[str, Any]) -> str:
     """Why, in one sentence."""
     gates = report["gates"]
-    by_verdict = {name: [gate for gate in gates if gate["verdict"] == name] for name in ("PASS", "FAIL", "UNDERPOWERED", "MISSING")}
+    by_verdict = {
+        name: [gate for gate in gates if gate["verdict"] == name]
+        for name in ("PASS", "FAIL", "UNDERPOWERED", "MISSING")
+    }
     if not gates:
         return "No gate was evaluated, so nothing can be said and nothing was promoted."
     if report["verdict"] == "PASS":
-        closest = min((gate for gate in gates if gate["margin_share"] is not None), key=lambda gate: gate["margin_share"], default=None)
+        closest = min(
+            (gate for gate in gates if gate["margin_share"] is not None),
+            key=lambda gate: gate["margin_share"],
+            default=None,
+        )
         tail = f"; the closest is {_lower(closest['label'])}, {_distance(closest)}" if closest else ""
         good = len(by_verdict["PASS"])
         holds = "The one gate holds" if good == 1 else f"All {good} gates hold"
-        waiting = f"; {count(len(gates) - good, 'gate')} had no earlier build to compare with" if good < len(gates) else ""
+        waiting = (
+            f"; {count(len(gates) - good, 'gate')} had no earlier build to compare with" if good < len(gates) else ""
+        )
         return f"{holds}{tail}{waiting}."
     parts = []
     if by_verdict["FAIL"]:
         worst = by_verdict["FAIL"][0]
-        parts.append(f"{count(len(by_verdict['FAIL']), 'gate')} of {len(gates)} failed: {_shortfall(worst)}" + _others(by_verdict["FAIL"]))
+        parts.append(
+            f"{count(len(by_verdict['FAIL']), 'gate')} of {len(gates)} failed: {_shortfall(worst)}"
+            + _others(by_verdict["FAIL"])
+        )
     if by_verdict["UNDERPOWERED"]:
-        parts.append(f"{listed([_lower(gate['label']) for gate in by_verdict['UNDERPOWERED']])} needs more samples to tell")
+        parts.append(
+            f"{listed([_lower(gate['label']) for gate in by_verdict['UNDERPOWERED']])} needs more samples to tell"
+        )
     if by_verdict["MISSING"]:
         parts.append(f"{listed([_lower(gate['label']) for gate in by_verdict['MISSING']])} was not measured")
     text = "; ".join(parts or ["validate gave no verdict"])
@@ -191,7 +233,8 @@ def _shortfall(gate: Mapping[str, Any]) -> str:
     measured, required = figure(gate["measured"], gate["unit"]), figure(gate["required"], gate["unit"])
     if gate["measured"] is None or gate["required"] is None:
         return gate["reason"] or _lower(gate["label"])
-    return f"{_lower(gate['label'])} is {measured}, {'at least' if gate['op'] == 'at_least' else 'at most'} {required} was asked"
+    bound = "at least" if gate["op"] == "at_least" else "at most"
+    return f"{_lower(gate['label'])} is {measured}, {bound} {required} was asked"
 
 
 def _distance(gate: Mapping[str, Any]) -> str:
@@ -230,25 +273,49 @@ def _draft(files: Files) -> dict[str, Any] | None:
     answers = files.json("synthesize", "summary.json") or {}
     every = max(1, len(points) // 120)
     curve = [{"step": step, "loss": loss} for step, loss in points[::every]]
-    facts = {key: value for key, value in {**answers, **summary}.items() if isinstance(value, (int, float, str)) and not isinstance(value, bool)}
+    facts = {
+        key: value
+        for key, value in {**answers, **summary}.items()
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    }
     return {"curve": curve, "facts": facts} if curve or facts else None
 
 
-def _prediction(job: Job, metrics: Mapping[str, float], receipts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+def _prediction(
+    job: Job, metrics: Mapping[str, float], receipts: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]] | None:
     """Predicted beside actual: figures by metric name, and seconds by stage for the stages that were built."""
     given = job.spec.get("prediction") or {}
     rows = []
-    figures = given.get("metrics") if isinstance(given.get("metrics"), Mapping) else {}
+    figures: Mapping[str, Any] = given.get("metrics") or {}
     for name, value in figures.items():
         entry = value if isinstance(value, Mapping) else {"predicted": value}
         words = meaning(name)
-        rows.append({"name": name, "label": words.label, "unit": words.unit, "predicted": as_number(first(entry, "predicted", "value", "p50")),
-                     "low": as_number(entry.get("low")), "high": as_number(entry.get("high")), "actual": as_number(metrics.get(name))})  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "label": words.label,
+                "unit": words.unit,
+                "predicted": as_number(first(entry, "predicted", "value", "p50")),
+                "low": as_number(entry.get("low")),
+                "high": as_number(entry.get("high")),
+                "actual": as_number(metrics.get(name)),
+            }
+        )
     taken = {row.get("stage"): as_number(row.get("seconds")) for row in receipts if row.get("state") == "built"}
     for stage, value in (given.get("stages") or {}).items():
         entry = value if isinstance(value, Mapping) else {"predicted": value}
-        rows.append({"name": f"seconds.{stage}", "label": f"Time of {stage}", "unit": "s", "predicted": as_number(first(entry, "predicted", "seconds")),
-                     "low": as_number(entry.get("low")), "high": as_number(entry.get("high")), "actual": taken.get(stage)})  # fmt: skip
+        rows.append(
+            {
+                "name": f"seconds.{stage}",
+                "label": f"Time of {stage}",
+                "unit": "s",
+                "predicted": as_number(first(entry, "predicted", "seconds")),
+                "low": as_number(entry.get("low")),
+                "high": as_number(entry.get("high")),
+                "actual": taken.get(stage),
+            }
+        )
     return [row for row in rows if row["predicted"] is not None] or None
 
 
@@ -256,8 +323,14 @@ def _settings(job: Job) -> dict[str, Any]:
     """The few lines of the spec that a reader needs beside the figures."""
     engine, draft = job.spec.get("engine") or {}, job.spec.get("draft") or {}
     latency = (job.spec.get("validate") or {}).get("latency") or {}
-    picked = {"backend": engine.get("backend"), "tensor_parallel": engine.get("tensor_parallel"), "draft_tokens": engine.get("draft_tokens"),
-              "plugins": engine.get("plugins"), "draft_method": draft.get("method"), "profile": latency.get("profile")}  # fmt: skip
+    picked = {
+        "backend": engine.get("backend"),
+        "tensor_parallel": engine.get("tensor_parallel"),
+        "draft_tokens": engine.get("draft_tokens"),
+        "plugins": engine.get("plugins"),
+        "draft_method": draft.get("method"),
+        "profile": latency.get("profile"),
+    }
     return {key: value for key, value in picked.items() if value not in (None, [], "")}
 
 
@@ -270,7 +343,10 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(child) for child in (value if len(value) <= 4 * MAX_VALUES else value[:: math.ceil(len(value) / MAX_VALUES)])]
+        return [
+            plain(child)
+            for child in (value if len(value) <= 4 * MAX_VALUES else value[:: math.ceil(len(value) / MAX_VALUES)])
+        ]
     if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
         return value
     return as_number(value) if as_number(value) is not None else (None if isinstance(value, float) else str(value))

@@ -18,10 +18,18 @@ Report = Mapping[str, Any]
 def findings(report: Report) -> dict[str, str]:
     """Section name -> sentence."""
     return {
-        "gates": _gates(report), "changes": _changes(report), "speed": _speed(report), "cycle": _cycle(report),
-        "acceptance": _acceptance(report), "accuracy": _accuracy(report), "quantization": _quantization(report),
-        "latency": _latency(report), "stages": _stages(report), "prediction": _prediction(report), "provenance": _provenance(report),
-    }  # fmt: skip
+        "gates": _gates(report),
+        "changes": _changes(report),
+        "speed": _speed(report),
+        "cycle": _cycle(report),
+        "acceptance": _acceptance(report),
+        "accuracy": _accuracy(report),
+        "quantization": _quantization(report),
+        "latency": _latency(report),
+        "stages": _stages(report),
+        "prediction": _prediction(report),
+        "provenance": _provenance(report),
+    }
 
 
 def _gates(report: Report) -> str:
@@ -46,7 +54,8 @@ def _speed(report: Report) -> str:
     if len(points) > 1:
         best = max(points, key=lambda point: point["tps_server"])
         share = 100 * best["tps_server"] / RECORD_TPS_SERVER
-        text += f". With {best['users']} users the server gives {three(best['tps_server'])} tokens/s ({three(share)} % of the server record)"
+        text += f". With {best['users']} users the server gives {three(best['tps_server'])} tokens/s"
+        text += f", {share:.2g} % of the record for a server"
     return text + "."
 
 
@@ -60,7 +69,8 @@ def _cycle(report: Report) -> str:
         groups[part["group"]] = groups.get(part["group"], 0.0) + part["us"]
     shares = [f"{name} {100 * us / total:.0f} %" for name, us in groups.items()]
     largest = max(cycle["parts"], key=lambda part: part["us"])
-    return f"{micros(total)} per cycle: {', '.join(shares)}. The largest part is {largest['name']} with {micros(largest['us'])}."
+    text = f"{micros(total)} per cycle: {', '.join(shares)}"
+    return f"{text}. The largest part is {largest['name']} with {micros(largest['us'])}."
 
 
 def _acceptance(report: Report) -> str:
@@ -68,7 +78,11 @@ def _acceptance(report: Report) -> str:
     if not data:
         return "Acceptance was not measured."
     named = [entry for entry in data["domains"] if entry["domain"] != "all"]
-    text = f"A cycle yields {three(data['length'])} tokens on average" if data["length"] else "Acceptance by position is below"
+    text = (
+        f"A cycle yields {three(data['length'])} tokens on average"
+        if data["length"]
+        else "Acceptance by position is below"
+    )
     if len(named) > 1:
         best, worst = max(named, key=lambda entry: entry["length"]), min(named, key=lambda entry: entry["length"])
         text += f": from {three(worst['length'])} in {worst['domain']} to {three(best['length'])} in {best['domain']}"
@@ -85,12 +99,18 @@ def _accuracy(report: Report) -> str:
     if not tasks:
         return "Served and source model were not both measured."
     worst = min(tasks, key=lambda task: task["difference"])
-    text = f"The largest loss is {worst['task']} with {signed(100 * worst['difference'], 1)} points" if worst["difference"] < 0 else "No task lost accuracy"
+    text = (
+        f"The largest loss is {worst['task']} with {signed(100 * worst['difference'], 1)} points"
+        if worst["difference"] < 0
+        else "No task lost accuracy"
+    )
     judged = [task for task in tasks if task.get("verdict")]
     if judged:
         good = [task for task in judged if str(task["verdict"]).upper() == "PASS"]
         text += f"; {len(good)} of {len(judged)} tasks are shown to stay within the margin"
-        lacking = [f"{task['task']} ({three(task['needed'])} more samples)" for task in judged if as_number(task.get("needed"))]
+        lacking = [
+            f"{task['task']} ({three(task['needed'])} more samples)" for task in judged if as_number(task.get("needed"))
+        ]
         text += f"; too few samples to tell for {listed(lacking)}" if lacking else ""
     return text + "."
 
@@ -102,10 +122,12 @@ def _quantization(report: Report) -> str:
     text = count(data["tensors"], "tensor")
     if data["worst"]:
         worst = data["worst"][0]
-        text += f"; the noisiest is {worst['name']} with {worst['sqnr_db']:.1f} dB, the median {data['median_sqnr_db']:.1f} dB"
+        text += f"; the noisiest is {worst['name']} with {worst['sqnr_db']:.1f} dB"
+        text += f", the median {data['median_sqnr_db']:.1f} dB"
     top = data["most_saturated"]
     if top:
-        return f"{text}. {count(data['saturating'], 'tensor')} saturate, at most {100 * top['saturation_share']:.2g} % of values ({top['name']})."
+        share = f"{100 * top['saturation_share']:.2g} % of values"
+        return f"{text}. {count(data['saturating'], 'tensor')} saturate, at most {share} ({top['name']})."
     return f"{text}. No value saturates."
 
 
@@ -125,10 +147,11 @@ def _stages(report: Report) -> str:
         return "No receipts were handed to the report."
     built = [row for row in rows if row["state"] == "built"]
     total = sum(row["seconds"] or 0 for row in rows)
-    text = f"{seconds(total)} in all; {len(built)} of {count(len(rows), 'stage')} built, {sum(row['state'] == 'cached' for row in rows)} reused"
+    reused = sum(row["state"] == "cached" for row in rows)
+    text = f"{seconds(total)} in all; {len(built)} of {count(len(rows), 'stage')} built, {reused} reused"
     longest = max(built, key=lambda row: row["seconds"] or 0, default=None)
     if longest and total:
-        text += f"; {longest['stage']} took {100 * (longest['seconds'] or 0) / total:.0f} %"
+        text += f"; {longest['stage'].replace('_', ' ')} took {100 * (longest['seconds'] or 0) / total:.0f} %"
     return text + "."
 
 
@@ -141,8 +164,24 @@ def _changes(report: Report) -> str:
     inputs = count(len(data["inputs"]), "input") if data["inputs"] else "no input"
     if data["unexplained"] and not data["inputs"]:
         inputs = f"{listed(data['unexplained'])} (details are gone with the old artifact)"
-    text = f"Since {data['since'] or 'the last good build'}, {inputs} changed; {count(len(moved), 'figure')} moved by more than 2 %"
-    return f"{text}, {len(worse)} for the worse." if moved else f"{text}."
+    since = data["since"] or "the last good build"
+    text = f"Since {since}, {inputs} changed; {count(len(moved), 'figure')} moved by more than 2 %"
+    text = f"{text}, {len(worse)} for the worse." if moved else f"{text}."
+    return f"{text} {split_words(data['split'])}" if data.get("split") else text
+
+
+def split_words(split: Mapping[str, float]) -> str:
+    """Where a change of speed comes from: three factors that multiply to the whole."""
+    gain = 100 * (split["speed"] - 1)
+    if abs(gain) < 0.05:
+        return "The speed for one user is the same."
+    names = {"acceptance": "tokens per cycle", "cycle": "cycle time", "outside": "outside the engine"}
+    shares = [
+        f"{signed(100 * (split[key] - 1), 1)} % from {name}"
+        for key, name in names.items()
+        if abs(split[key] - 1) >= 0.002
+    ]
+    return f"The speed for one user {'rose' if gain > 0 else 'fell'} by {abs(gain):.1f} %: {listed(shares)}."
 
 
 def _prediction(report: Report) -> str:
@@ -167,9 +206,11 @@ def _provenance(report: Report) -> str:
 def verdict_words(verdict: str) -> tuple[str, str, str]:
     """(word, CSS class, glyph): a glyph beside the colour, for those who do not see it."""
     return {
-        "PASS": ("Pass", "pass", "\N{CHECK MARK}"), "FAIL": ("Fail", "fail", "\N{MULTIPLICATION SIGN}"),
-        "UNDERPOWERED": ("Underpowered", "open", "?"), "FIRST": ("First build", "open", "\N{EN DASH}"),
-    }.get(verdict, ("Not measured", "open", "?"))  # fmt: skip
+        "PASS": ("Pass", "pass", "\N{CHECK MARK}"),
+        "FAIL": ("Fail", "fail", "\N{MULTIPLICATION SIGN}"),
+        "UNDERPOWERED": ("Underpowered", "open", "?"),
+        "FIRST": ("First build", "open", "\N{EN DASH}"),
+    }.get(verdict, ("Not measured", "open", "?"))
 
 
 def delta_words(row: Mapping[str, Any]) -> str:

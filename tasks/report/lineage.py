@@ -39,19 +39,37 @@ def stages(receipts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for row in receipts:
         metrics = row.get("metrics") or {}
-        cost = next((as_number(value) for name, value in metrics.items() if name.startswith("cost.") or name.endswith("cost_usd")), None)
-        rows.append({
-            "stage": str(row.get("stage")), "state": str(row.get("state")), "seconds": as_number(row.get("seconds")),
-            "size_bytes": as_number(row.get("size_bytes")), "reason": str(row.get("reason") or ""), "key": str(row.get("key") or ""),
-            "digest": str(row.get("digest") or ""), "uri": str(row.get("uri") or ""), "cost_usd": cost,
-        })  # fmt: skip
+        cost = next(
+            (
+                as_number(value)
+                for name, value in metrics.items()
+                if name.startswith("cost.") or name.endswith("cost_usd")
+            ),
+            None,
+        )
+        rows.append(
+            {
+                "stage": str(row.get("stage")),
+                "state": str(row.get("state")),
+                "seconds": as_number(row.get("seconds")),
+                "size_bytes": as_number(row.get("size_bytes")),
+                "reason": str(row.get("reason") or ""),
+                "key": str(row.get("key") or ""),
+                "digest": str(row.get("digest") or ""),
+                "uri": str(row.get("uri") or ""),
+                "cost_usd": cost,
+            }
+        )
     return rows
 
 
 def changed(
-    last_good: Mapping[str, Any] | None, receipts: Sequence[Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, float]
+    last_good: Mapping[str, Any] | None,
+    receipts: Sequence[Mapping[str, Any]],
+    now: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, float],
 ) -> dict[str, Any] | None:
-    """Key components that differ from the last good build, and the figures that moved. None when there is none to compare."""
+    """Key components that differ from the last good build, and the figures that moved; None without one."""
     if not last_good:
         return None
     before = {str(row.get("stage")): row for row in last_good.get("stages") or []}
@@ -65,13 +83,17 @@ def changed(
         if not phrases:
             unexplained.append(stage)
     return {
-        "since": str(last_good.get("build") or ""), "when": str(last_good.get("started") or ""), "inputs": inputs,
-        "unexplained": unexplained, "metrics": deltas(last_good.get("metrics") or {}, metrics),
-    }  # fmt: skip
+        "since": str(last_good.get("build") or ""),
+        "when": str(last_good.get("started") or ""),
+        "inputs": inputs,
+        "unexplained": unexplained,
+        "metrics": deltas(last_good.get("metrics") or {}, metrics),
+        "split": speed_split(last_good.get("metrics") or {}, metrics),
+    }
 
 
 def _phrases(stage: str, old_key: str, manifest: Mapping[str, Any] | None) -> list[str]:
-    """What differs between this artifact and the old one beside it, without what merely follows from an earlier stage."""
+    """What differs from the old artifact, without what merely follows from an earlier stage."""
     from tasks.store.keys import changes  # the store's own words
 
     if manifest is None:
@@ -81,8 +103,10 @@ def _phrases(stage: str, old_key: str, manifest: Mapping[str, Any] | None) -> li
     if old is None:
         return []
     before, after = dict(old.get("components") or {}), dict(manifest.get("components") or {})
-    return changes({name: value for name, value in before.items() if not name.startswith("input.")},
-                   {name: value for name, value in after.items() if not name.startswith("input.")})  # fmt: skip
+    return changes(
+        {name: value for name, value in before.items() if not name.startswith("input.")},
+        {name: value for name, value in after.items() if not name.startswith("input.")},
+    )
 
 
 def deltas(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -97,9 +121,29 @@ def deltas(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str
         # Shares are compared in points: from 1 % to 2 % is one point, not "100 % worse".
         weight = abs(new - old) if words.unit in ("%", "points") else abs(share) if share is not None else 1.0
         better = None if not words.better or weight < NOISE else (new > old) == (words.better > 0)
-        rows.append({"metric": name, "label": words.label, "unit": words.unit, "before": old, "after": new, "share": share,
-                     "weight": weight, "better": better})  # fmt: skip
+        rows.append(
+            {
+                "metric": name,
+                "label": words.label,
+                "unit": words.unit,
+                "before": old,
+                "after": new,
+                "share": share,
+                "weight": weight,
+                "better": better,
+            }
+        )
     return sorted(rows, key=lambda row: (row["better"] is None, -row["weight"]))
+
+
+def speed_split(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float] | None:
+    """The ratio of two speeds as a product: tokens per cycle x 1 / cycle time x what passes outside the engine."""
+    names = ("latency.tps_per_user.p50", "acceptance.length", "cycle.us")
+    old, new = [as_number(before.get(name)) for name in names], [as_number(after.get(name)) for name in names]
+    if not all(old) or not all(new):
+        return None
+    speed, accepted, cycle = (float(b) / float(a) for a, b in zip(old, new, strict=True))  # type: ignore[arg-type]
+    return {"speed": speed, "acceptance": accepted, "cycle": 1 / cycle, "outside": speed * cycle / accepted}
 
 
 def provenance(found: Mapping[str, Mapping[str, Any]], receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -110,9 +154,14 @@ def provenance(found: Mapping[str, Mapping[str, Any]], receipts: Sequence[Mappin
     source = newest.get("provenance") or {}
     git = source.get("git") or {}
     return {
-        "commit": str(git.get("commit") or source.get("commit") or ""), "dirty": git.get("dirty", source.get("dirty")),
-        "argv": [str(part) for part in source.get("argv") or []], "python": str(source.get("python") or ""),
-        "packages": dict(source.get("packages") or {}), "machine": dict(source.get("machine") or source.get("hardware") or {}),
+        "commit": str(git.get("commit") or source.get("commit") or ""),
+        "dirty": git.get("dirty", source.get("dirty")),
+        "argv": [str(part) for part in source.get("argv") or []],
+        "python": str(source.get("python") or ""),
+        "packages": dict(source.get("packages") or {}),
+        "machine": dict(source.get("machine") or source.get("hardware") or {}),
         "spec": dict(source.get("spec") or {}),
-        "lineage": [{"stage": stage, "inputs": sorted(manifest.get("inputs") or {})} for stage, manifest in found.items()],
-    }  # fmt: skip
+        "lineage": [
+            {"stage": stage, "inputs": sorted(manifest.get("inputs") or {})} for stage, manifest in found.items()
+        ],
+    }

@@ -18,19 +18,47 @@ def render(report: Mapping[str, Any]) -> str:
     said = findings(report)
     word, _, glyph = verdict_words(report["verdict"])
     build = f", build {clean(report['build'])}" if report["build"] else ""
-    lines = [f"# {glyph} {word}: {clean(report['spec'])}{build}", "", clean(report["reason"]), "", clean(said["speed"]), ""]
-    lines += _section("Gates", "" if report["gates"] else said["gates"], ("Gate", "Measured", "Required", "Margin", "Verdict"), [_gate(gate) for gate in report["gates"]])
+    lines = [
+        f"# {glyph} {word}: {clean(report['spec'])}{build}",
+        "",
+        clean(report["reason"]),
+        "",
+        clean(said["speed"]),
+        "",
+    ]
+    lines += _section(
+        "Gates",
+        "" if report["gates"] else said["gates"],
+        ("Gate", "Measured", "Required", "Margin", "Verdict"),
+        [_gate(gate) for gate in report["gates"]],
+    )
     moved = (report["changes"] or {}).get("metrics", [])[:8]
-    changes = [(row["label"], figure(row["before"], row["unit"]), figure(row["after"], row["unit"]), delta_words(row)) for row in moved]
+    changes = [
+        (row["label"], figure(row["before"], row["unit"]), figure(row["after"], row["unit"]), delta_words(row))
+        for row in moved
+    ]
     lines += _section("What changed", said["changes"], ("Figure", "Then", "Now", "Change"), changes)
-    lines += [f"- {clean(row['stage'])}: {clean(row['what'])}" for row in (report["changes"] or {}).get("inputs", [])[:12]]
+    lines += [
+        f"- {clean(row['stage'])}: {clean(row['what'])}" for row in (report["changes"] or {}).get("inputs", [])[:12]
+    ]
     lines += [""] if lines[-1] else []
     lines += _section("One cycle", said["cycle"])
     lines += _section("Acceptance", said["acceptance"], *_acceptance(report))
-    lines += _section("Accuracy", said["accuracy"], ("Task", "Source", "Served", "Difference", "Verdict"), _accuracy(report))
+    lines += _section(
+        "Accuracy", said["accuracy"], ("Task", "Source", "Served", "Difference", "Verdict"), _accuracy(report)
+    )
     for name, title in (("quantization", "Quantization"), ("latency", "Latency")):
         lines += _section(title, said[name])
-    stages = [(row["stage"], row["state"], seconds(row["seconds"]), size(row["size_bytes"]) if row["size_bytes"] else "", row["reason"]) for row in report["stages"]]
+    stages = [
+        (
+            row["stage"],
+            row["state"],
+            seconds(row["seconds"]),
+            size(row["size_bytes"]) if row["size_bytes"] else "",
+            row["reason"],
+        )
+        for row in report["stages"]
+    ]
     lines += _section("Time", said["stages"], ("Stage", "State", "Time", "Size", "Why"), stages)
     lines += _section("Predicted and actual", said["prediction"])
     lines += _section("Provenance", said["provenance"])
@@ -44,9 +72,14 @@ def _gate(gate: Mapping[str, Any]) -> tuple[str, ...]:
     elif gate["unit"] in ("%", "points"):
         margin = f"{signed(100 * gate['margin'], 1)} pt"
     else:
-        margin = f"{signed(100 * gate['margin_share'], 1)} %" if gate["margin_share"] is not None else signed(gate["margin"], 2)
+        margin = (
+            f"{signed(100 * gate['margin_share'], 1)} %"
+            if gate["margin_share"] is not None
+            else signed(gate["margin"], 2)
+        )
     word, _, glyph = verdict_words(gate["verdict"])
-    return (gate["label"], figure(gate["measured"], gate["unit"]), sign + figure(gate["required"], gate["unit"]), margin, f"{glyph} {word}")
+    asked = sign + figure(gate["required"], gate["unit"]) if gate["required"] is not None else gate["asked"]
+    return (gate["label"], figure(gate["measured"], gate["unit"]), asked, margin, f"{glyph} {word}")
 
 
 def _acceptance(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -62,10 +95,15 @@ def _acceptance(report: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[
 def _accuracy(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     tasks = (report["accuracy"] or {}).get("tasks", [])
     return [
-        (task["task"], figure(task.get("source"), "%"), figure(task.get("served"), "%"), figure(task.get("difference"), "points"),
-         verdict_words(str(task["verdict"]).upper())[0] if task.get("verdict") else "not judged")
+        (
+            task["task"],
+            figure(task.get("source"), "%"),
+            figure(task.get("served"), "%"),
+            figure(task.get("difference"), "points"),
+            verdict_words(str(task["verdict"]).upper())[0] if task.get("verdict") else "not judged",
+        )
         for task in tasks
-    ]  # fmt: skip
+    ]
 
 
 def _section(title: str, said: str, header: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()) -> list[str]:
@@ -85,4 +123,4 @@ def clean(text: Any) -> str:
     flat = " ".join(str(text).split())
     for char in "\\`<>|[]":
         flat = flat.replace(char, f"\\{char}" if char not in "<>" else {"<": "&lt;", ">": "&gt;"}[char])
-    return flat
+    return flat.replace(" -&gt; ", " \N{RIGHTWARDS ARROW} ")

@@ -8,7 +8,7 @@ Run it: `python -m pytest tests/tasks/test_report_measures.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -28,14 +28,19 @@ _GROUP_WORDS = {
 }
 
 
+_NOT_PARTS = ("cycle.client_us", "cycle.outside_us")  # the same cycle seen from outside
+
+
 # -- one cycle ---------------------------------------------------------------------------------------------------------
 def cycle_parts(waterfall: Mapping[str, Any] | None, metrics: Mapping[str, float]) -> dict[str, Any] | None:
     """The parts of a cycle in microseconds, in groups; from waterfall.json, else from the `cycle.*_us` metrics."""
     waterfall = waterfall or {}
     named = _named_parts(waterfall) or {
-        name[len("cycle.") : -len("_us")]: value for name, value in metrics.items() if name.startswith("cycle.") and name.endswith("_us")
+        name[len("cycle.") : -len("_us")]: value
+        for name, value in metrics.items()
+        if name.startswith("cycle.") and name.endswith("_us") and name not in _NOT_PARTS
     }
-    parts = []
+    parts: list[dict[str, Any]] = []
     for name, value in named.items():
         us = as_number(value)
         if us is not None and us > 0:
@@ -55,13 +60,25 @@ def _named_parts(waterfall: Mapping[str, Any]) -> dict[str, Any]:
     """name -> microseconds, whichever of the sensible shapes the file has."""
     cycles = as_number(waterfall.get("cycles"))
     if isinstance(waterfall.get("seconds"), Mapping) and cycles:
-        return {name: 1e6 * float(value) / cycles for name, value in waterfall["seconds"].items() if as_number(value) is not None}
+        return {
+            name: 1e6 * float(value) / cycles
+            for name, value in waterfall["seconds"].items()
+            if as_number(value) is not None
+        }
     parts = first(waterfall, "parts", "parts_us", "bars", "groups")
     if isinstance(parts, Mapping):
         return dict(parts)
     if isinstance(parts, Sequence):
-        return {str(first(row, "name", "part", "operator")): first(row, "us", "value_us", "mean_us") for row in parts if isinstance(row, Mapping)}
-    return {name[: -len("_us")]: value for name, value in waterfall.items() if name.endswith("_us") and name not in ("cycle_us", "total_us")}
+        return {
+            str(first(row, "name", "part", "operator")): first(row, "us", "value_us", "mean_us")
+            for row in parts
+            if isinstance(row, Mapping)
+        }
+    return {
+        name[: -len("_us")]: value
+        for name, value in waterfall.items()
+        if name.endswith("_us") and name not in ("cycle_us", "total_us", "client_us", "outside_us")
+    }
 
 
 def _group(name: str) -> str:
@@ -98,7 +115,11 @@ def headline(metrics: Mapping[str, float], cycle: Mapping[str, Any] | None) -> d
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
-LATENCIES = (("ttft_ms", "Time to first token", "ms", -1), ("itl_ms_p50", "Time between tokens", "ms", -1), ("tps_user", "Speed per request", "tokens/s", 1))
+LATENCIES = (
+    ("ttft_ms", "Time to first token", "ms", -1),
+    ("itl_ms_p50", "Time between tokens", "ms", -1),
+    ("tps_user", "Speed per request", "tokens/s", 1),
+)
 
 
 def good_requests(rows: Rows) -> list[Row]:
@@ -107,15 +128,22 @@ def good_requests(rows: Rows) -> list[Row]:
 
 
 def single_user(rows: Rows) -> list[Row]:
-    """Those of the one-in-flight profile, which is what TPS/user is defined on."""
-    return [row for row in rows if users_of(row, rows) == 1]
+    """Those of the one-in-flight profiles, which is what TPS/user is defined on."""
+    profiles: dict[str, list[Row]] = {}
+    for row in rows:
+        profiles.setdefault(str(row.get("profile")), []).append(row)
+    return [
+        row
+        for name, members in profiles.items()
+        if users_of(members) == 1 and not name.startswith("open_loop")
+        for row in members
+    ]
 
 
-def users_of(row: Row, rows: Rows) -> int:
-    """Users in parallel: the column, or the distinct users of the row's profile."""
-    if as_number(row.get("users")):
-        return int(row["users"])
-    return max(1, len({other.get("user") for other in rows if other.get("profile") == row.get("profile")}))
+def users_of(members: Rows) -> int:
+    """Users in parallel in one profile: the column where there is one, else the distinct users."""
+    column = as_number(members[0].get("users"))
+    return int(column) if column else max(1, len({row.get("user") for row in members}))
 
 
 def latency(rows: Rows | None) -> dict[str, Any] | None:
@@ -126,10 +154,23 @@ def latency(rows: Rows | None) -> dict[str, Any] | None:
     alone = single_user(good) or good
     series = []
     for column, label, unit, better in LATENCIES:
-        values = sorted(value for row in alone if (value := as_number(first(row, column, _OLD_NAMES.get(column, column)))) is not None)
+        values = sorted(
+            value
+            for row in alone
+            if (value := as_number(first(row, column, _OLD_NAMES.get(column, column)))) is not None
+        )
         if values:
             marks = {f"p{q}": quantile(values, q / 100) for q in (10, 50, 90, 99)}
-            series.append({"name": column, "label": label, "unit": unit, "better": better, "values": [round(v, 4) for v in values], **marks})
+            series.append(
+                {
+                    "name": column,
+                    "label": label,
+                    "unit": unit,
+                    "better": better,
+                    "values": [round(v, 4) for v in values],
+                    **marks,
+                }
+            )
     counts = {"requests": len(rows), "good": len(good), "single_user": len(alone)}
     return {"series": series, **counts} if series else None
 
@@ -142,12 +183,23 @@ def throughput(rows: Rows | None) -> list[dict[str, Any]]:
     profiles: dict[str, list[Row]] = {}
     for row in good_requests(rows or []):
         profiles.setdefault(str(row.get("profile") or "requests"), []).append(row)
-    points = []
+    points: list[dict[str, Any]] = []
     for name, members in profiles.items():
-        speeds = sorted(value for row in members if (value := as_number(first(row, "tps_user", "tps_per_user"))) is not None)
+        if name.startswith("open_loop"):
+            continue  # arrivals by the clock: there is no number of users to put it at
+        speeds = sorted(
+            value for row in members if (value := as_number(first(row, "tps_user", "tps_per_user"))) is not None
+        )
         server = _server_speed(members)
         if speeds and server:
-            points.append({"profile": name, "users": users_of(members[0], members), "tps_user": quantile(speeds, 0.5), "tps_server": server})
+            points.append(
+                {
+                    "profile": name,
+                    "users": users_of(members),
+                    "tps_user": quantile(speeds, 0.5),
+                    "tps_server": server,
+                }
+            )
     return sorted(points, key=lambda point: point["users"])
 
 
@@ -159,8 +211,10 @@ def _server_speed(rows: Sequence[Row]) -> float | None:
     if tokens and len(known) == len(rows):
         wall = max(end for _, end in known) - min(start for start, _ in known)
         return tokens / wall if wall > 0 else None
-    speeds = sorted(value for row in rows if (value := as_number(first(row, "e2e_tps", "tps_user", "tps_per_user"))) is not None)
-    return users_of(rows[0], rows) * quantile(speeds, 0.5) if speeds else None
+    speeds = sorted(
+        value for row in rows if (value := as_number(first(row, "e2e_tps", "tps_user", "tps_per_user"))) is not None
+    )
+    return users_of(rows) * quantile(speeds, 0.5) if speeds else None
 
 
 def quantile(ordered: Sequence[float], q: float) -> float:
@@ -172,7 +226,9 @@ def quantile(ordered: Sequence[float], q: float) -> float:
 
 
 # -- acceptance --------------------------------------------------------------------------------------------------------
-def acceptance(rows: Rows | None, metrics: Mapping[str, float], golden: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def acceptance(
+    rows: Rows | None, metrics: Mapping[str, float], golden: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Per domain: tokens per cycle and the chance of each draft token given that the one before was accepted."""
     domains: dict[str, list[dict[str, Any]]] = {}
     for row in rows or []:
@@ -185,8 +241,11 @@ def acceptance(rows: Rows | None, metrics: Mapping[str, float], golden: Mapping[
         point = {"position": int(row["position"]), "rate": rate, "low": low, "high": high, "drafted": int(drafted or 0)}
         domains.setdefault(str(row.get("domain") or ALL), []).append(point)
     if not domains:
-        points = [{"position": int(name.rsplit(".", 1)[1]), "rate": value, "low": None, "high": None, "drafted": 0} for name, value in metrics.items()
-                  if name.startswith("acceptance.position.") and as_number(value) is not None]  # fmt: skip
+        points = [
+            {"position": int(name.rsplit(".", 1)[1]), "rate": value, "low": None, "high": None, "drafted": 0}
+            for name, value in metrics.items()
+            if name.startswith("acceptance.position.") and as_number(value) is not None
+        ]
         if not points:
             return None
         domains[ALL] = points
@@ -196,8 +255,7 @@ def acceptance(rows: Rows | None, metrics: Mapping[str, float], golden: Mapping[
         name = "acceptance.length" if domain == ALL else f"acceptance.length.{domain}"
         measured = as_number(metrics.get(name))
         length = measured if measured is not None else chain_length(points)
-        found.append({"domain": domain, "length": length, "positions": points,
-                      "golden": _golden(golden, domain)})  # fmt: skip
+        found.append({"domain": domain, "length": length, "positions": points, "golden": _golden(golden, domain)})
     found.sort(key=lambda entry: (entry["domain"] == ALL, entry["length"]))
     return {"domains": found, "length": as_number(metrics.get("acceptance.length"))}
 
@@ -223,111 +281,3 @@ def wilson(hits: float, trials: float, confidence: float = 0.95) -> tuple[float,
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-# -- accuracy ----------------------------------------------------------------------------------------------------------
-def accuracy(rows: Rows | None, metrics: Mapping[str, float], rules: Mapping[str, Any], verdicts: Iterable[Row] = ()) -> dict[str, Any] | None:
-    """Source against served, by task. The interval is validate's where it wrote one, else a paired one from the problems."""
-    alpha = as_number(rules.get("alpha")) or 0.05
-    judged = {str(row.get("task")): row for row in verdicts}
-    names = {name.split(".")[1] for name in metrics if name.startswith("accuracy.") and name.count(".") >= 2}
-    if "accuracy.difference" in metrics:
-        names.add(ALL)
-    pairs = _pairs(rows or [])
-    tasks = []
-    for task in sorted(names | set(pairs) | set(judged), key=lambda name: (name == ALL, name)):
-        entry = _from_pairs(pairs.get(task, []), alpha)
-        entry.update({key: value for key, value in _from_metrics(task, metrics).items() if value is not None})
-        entry.update({key: value for key, value in _from_verdict(judged.get(task, {})).items() if value is not None})
-        if entry.get("source") is not None or entry.get("served") is not None:
-            tasks.append({"task": task, **entry})
-    margin = as_number(rules.get("margin"))
-    return {"tasks": tasks, "margin": margin, "alpha": alpha, "power": as_number(rules.get("power"))} if tasks else None
-
-
-def _pairs(rows: Rows) -> dict[str, list[tuple[float, float]]]:
-    """(source, served) per problem and task; several samples of one problem are averaged, since they are not independent."""
-    sides: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in rows:
-        correct = row.get("correct")
-        if correct is None or (isinstance(correct, float) and math.isnan(correct)):
-            continue
-        sides.setdefault((str(row.get("task")), str(row.get("id"))), {}).setdefault(str(row.get("side")), []).append(float(correct))
-    found: dict[str, list[tuple[float, float]]] = {}
-    for (task, _), both in sides.items():
-        if "source" in both and "served" in both:
-            found.setdefault(task, []).append((_mean(both["source"]), _mean(both["served"])))
-    return found
-
-
-def _from_pairs(pairs: Sequence[tuple[float, float]], alpha: float) -> dict[str, Any]:
-    """Rates, their difference and its two-sided 1 - 2 alpha interval: its lower end is the one-sided limit at alpha."""
-    count = len(pairs)
-    if not count:
-        return {"problems": 0, "source": None, "served": None, "difference": None, "low": None, "high": None}
-    gaps = [served - source for source, served in pairs]
-    # One lost and one won problem are added, so that equal answers do not make an interval of no width.
-    padded = [*gaps, 1.0, -1.0]
-    middle = _mean(padded)
-    spread = math.sqrt(sum((gap - middle) ** 2 for gap in padded) / len(padded))
-    half = NormalDist().inv_cdf(1 - alpha) * spread / math.sqrt(len(padded))
-    difference = _mean(gaps)
-    return {
-        "problems": count, "source": _mean([source for source, _ in pairs]), "served": _mean([served for _, served in pairs]),
-        "difference": difference, "low": min(difference, middle - half), "high": max(difference, middle + half),
-        "lost": sum(gap < 0 for gap in gaps), "won": sum(gap > 0 for gap in gaps),
-    }  # fmt: skip
-
-
-def _from_metrics(task: str, metrics: Mapping[str, float]) -> dict[str, Any]:
-    base = "accuracy." if task == ALL else f"accuracy.{task}."
-    picked = {"source": ("source",), "served": ("served",), "difference": ("difference",), "low": ("difference.low", "low", "lower", "difference_low"),
-              "high": ("difference.high", "high", "upper", "difference_high"), "problems": ("problems", "n")}  # fmt: skip
-    found = {key: next((v for name in names if (v := as_number(metrics.get(base + name))) is not None), None) for key, names in picked.items()}
-    if found["problems"] is not None:
-        found["problems"] = int(found["problems"])
-    return found
-
-
-def _from_verdict(row: Row) -> dict[str, Any]:
-    limits = {"low": ("low", "lower", "lower_bound", "difference_low"), "high": ("high", "upper", "upper_bound", "difference_high"),
-              "verdict": ("verdict",), "needed": ("samples_needed", "needed"), "reason": ("reason",), "margin": ("margin",)}  # fmt: skip
-    return {key: first(row, *names) for key, names in limits.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-# -- quantization ------------------------------------------------------------------------------------------------------
-def quantization(rows: Rows | None, worst: int = 8) -> dict[str, Any] | None:
-    """Worst tensors by signal to quantization noise, the worst per layer and kind, and what saturates."""
-    if not rows:
-        return None
-    tensors = [
-        {"name": str(row.get("name")), "kind": str(row.get("kind") or "tensor"), "layer": layer_of(str(row.get("name"))),
-         "sqnr_db": as_number(row.get("sqnr_db")), "scale": as_number(row.get("scale")), "amax": as_number(row.get("amax")),
-         "saturation_share": as_number(row.get("saturation_share"))}
-        for row in rows
-    ]  # fmt: skip
-    known = sorted((row for row in tensors if row["sqnr_db"] is not None), key=lambda row: row["sqnr_db"])
-    layers: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in known:  # ascending, so the first of a layer and kind is its worst
-        if row["layer"] is not None:
-            layers.setdefault((row["kind"], row["layer"]), row)
-    per_layer = [{"kind": kind, "layer": layer, "sqnr_db": row["sqnr_db"], "name": row["name"]} for (kind, layer), row in sorted(layers.items())]
-    saturating = sum((row["saturation_share"] or 0) > 0 for row in tensors)
-    return {
-        "tensors": len(tensors), "measured": len(known), "worst": known[:worst], "layers": per_layer, "saturating": saturating,
-        "most_saturated": max(tensors, key=lambda row: row["saturation_share"] or 0) if saturating else None,
-        "median_sqnr_db": quantile([row["sqnr_db"] for row in known], 0.5) if known else None,
-    }  # fmt: skip
-
-
-def layer_of(name: str) -> int | None:
-    """model.layers.17.self_attn.q_proj -> 17."""
-    parts = name.split(".")
-    for before, after in zip(parts, parts[1:]):
-        if before in ("layers", "blocks", "h") and after.isdigit():
-            return int(after)
-    return None

@@ -1,6 +1,6 @@
 """The report as one HTML page that asks nobody for anything: style inside, drawings inside, no script.
 
-Refuses raw text: the template escapes everything that is not a drawing. The Content-Security-Policy forbids every request.
+Refuses raw text: the template escapes everything that is not a drawing. Its Content-Security-Policy forbids requests.
 Run it: `python -m tasks.report REPORT_JSON OUT` draws a page again from its record.
 """
 
@@ -12,43 +12,90 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tasks.report import panels, plots, words
 from tasks.report.findings import delta_words, findings, verdict_words
 
 HERE = Path(__file__).parent
 SECTIONS = (
-    ("gates", "Gates"), ("changes", "What changed"), ("speed", "Speed"), ("cycle", "One cycle"), ("acceptance", "Acceptance"),
-    ("accuracy", "Accuracy"), ("quantization", "Quantization"), ("latency", "Latency"), ("stages", "Time and cost"),
-    ("prediction", "Predicted and actual"), ("provenance", "Provenance"),
-)  # fmt: skip
+    ("gates", "Gates"),
+    ("changes", "What changed"),
+    ("speed", "Speed"),
+    ("cycle", "One cycle"),
+    ("acceptance", "Acceptance"),
+    ("accuracy", "Accuracy"),
+    ("quantization", "Quantization"),
+    ("latency", "Latency"),
+    ("stages", "Time and cost"),
+    ("prediction", "Predicted and actual"),
+    ("provenance", "Provenance"),
+)
 
 
 @cache
 def environment() -> Environment:
     """Jinja with escaping on and undefined names as errors."""
-    env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    env = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     env.filters.update(
-        figure=words.figure, three=words.three, seconds=words.seconds, size=words.size, micros=words.micros, meaning=words.meaning,
-        delta=delta_words, verdict=verdict_words, signed=words.signed, number=words.as_number, listed=words.listed, count=words.count,
-    )  # fmt: skip
+        figure=words.figure,
+        three=words.three,
+        seconds=words.seconds,
+        size=words.size,
+        micros=words.micros,
+        meaning=words.meaning,
+        delta=delta_words,
+        verdict=verdict_words,
+        signed=words.signed,
+        number=words.as_number,
+        listed=words.listed,
+        plural=words.count,
+        between=words.between,
+        arrows=_arrows,
+        breakable=_breakable,
+        named=_named,
+    )
     env.globals["style"] = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return env
+
+
+def _arrows(text: str) -> str:
+    return text.replace(" -> ", " \N{RIGHTWARDS ARROW} ")
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may break after a dot or underscore and nowhere else."""
+    return Markup(str(escape(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
+
+
+def _named(name: str) -> str:
+    """A key as a label: cpu_isa -> CPU ISA."""
+    return " ".join(part.upper() if part in ("cpu", "gpu", "isa") else part for part in name.split("_"))
 
 
 def render(report: Mapping[str, Any]) -> str:
     """The page of one build."""
     said = findings(report)
     template = environment().get_template("page.html.jinja")
-    return template.render(r=report, said=said, sections=SECTIONS, art=_drawings(report), groups=_groups(report), head=_hero(report))
+    return template.render(
+        r=report, said=said, sections=SECTIONS, art=_drawings(report), groups=_groups(report), head=_hero(report)
+    )
 
 
 def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     """Every drawing by name; None where there is nothing to draw, and the template says so."""
     cycle, accepted, accurate = report["cycle"], report["acceptance"], report["accuracy"]
     noise, spread, draft = report["quantization"], report["latency"], report["draft"]
-    art: dict[str, Any] = {"pareto": None, "cycle": None, "strip": None, "differences": None, "layers": None, "curve": None}
+    art: dict[str, Any] = {
+        "pareto": None,
+        "cycle": None,
+        "strip": None,
+        "differences": None,
+        "layers": None,
+        "curve": None,
+    }
     if report["pareto"]:
         art["pareto"] = plots.responsive(lambda width: plots.pareto(report["pareto"], width))
     if cycle and cycle["parts"]:
@@ -63,10 +110,19 @@ def _drawings(report: Mapping[str, Any]) -> dict[str, Any]:
     drawings: dict[str, Any] = {name: Markup(svg) if svg else None for name, svg in art.items()}
     domains = accepted["domains"] if accepted else []
     whole = next((entry for entry in domains if entry["domain"] == "all"), None)
-    drawings["acceptance"] = [(entry, Markup(panels.acceptance(entry, whole))) for entry in domains]
-    drawings["latency"] = [(series, Markup(panels.histogram(series))) for series in (spread["series"] if spread else [])]
+    domains = sorted(domains, key=lambda entry: entry is not whole)  # what all others are compared with comes first
+    drawings["acceptance"] = [(entry, _domain(entry, whole)) for entry in domains]
+    drawings["latency"] = [(series, _distribution(series)) for series in (spread["series"] if spread else [])]
     drawings["gates"] = [Markup(panels.gate_bar(gate)) for gate in report["gates"]]
     return drawings
+
+
+def _domain(entry: Mapping[str, Any], whole: Mapping[str, Any] | None) -> Markup:
+    return Markup(plots.responsive(lambda width: panels.acceptance(entry, whole, width), 228, 170))
+
+
+def _distribution(series: Mapping[str, Any]) -> Markup:
+    return Markup(plots.responsive(lambda width: panels.histogram(series, width), 228, 340))
 
 
 def _groups(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -80,7 +136,7 @@ def _groups(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _hero(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The equation at the top: speed, tokens per cycle, cycle time, each with its movement since the last good build."""
+    """The equation at the top: speed, tokens per cycle, cycle time, each with its movement since then."""
     moved = {row["metric"]: row for row in (report["changes"] or {}).get("metrics", [])}
     head = report["headline"]
     terms = (
@@ -89,6 +145,11 @@ def _hero(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("cycle_us", "cycle.us", "per cycle", "us"),
     )
     return [
-        {"value": words.figure(head[name], unit), "known": head[name] is not None, "label": label, "moved": moved.get(metric)}
+        {
+            "value": words.figure(head[name], unit),
+            "known": head[name] is not None,
+            "label": label,
+            "moved": moved.get(metric),
+        }
         for name, metric, label, unit in terms
     ]

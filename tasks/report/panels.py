@@ -13,66 +13,76 @@ from tasks.report.svg import Canvas, linear, ticks
 from tasks.report.words import three
 
 
-def acceptance(entry: Mapping[str, Any], everything: Mapping[str, Any] | None, width: float = 164, height: float = 132) -> str:
+def acceptance(entry: Mapping[str, Any], everything: Mapping[str, Any] | None, width: float) -> str:
     """Chance that draft token i is accepted when the one before it was; all domains behind, golden dashed."""
-    points = entry["positions"]
+    points, height = entry["positions"], 140.0
     last = max(point["position"] for point in points)
-    x, y = linear(1, max(last, 2), 36, width - 26), linear(0, 1, height - 22, 10)
+    x, y = linear(1, max(last, 2), 40, width - 24), linear(0, 1, height - 22, 12)
     art = Canvas(width, height, f"Acceptance by position, {entry['domain']}")
     for share in (0, 0.5, 1):
-        art.line(28, y(share), width - 4, y(share), "grid")
-        art.text(23, y(share) + 4, f"{100 * share:.0f}", "tick", "end")
+        art.line(30, y(share), width - 4, y(share), "grid")
+        art.text(25, y(share) + 4, f"{100 * share:.0f}", "tick", "end")
     for point in points:
         art.text(x(point["position"]), height - 6, str(point["position"]), "tick", "middle")
+    compared: dict[int, float] = {}
     if everything is not None and everything is not entry:
-        art.path([(x(point["position"]), y(point["rate"])) for point in everything["positions"]], "series s-faint")
+        compared = {point["position"]: point["rate"] for point in everything["positions"]}
+        art.path([(x(at), y(rate)) for at, rate in compared.items()], "series s-faint", "all domains")
     if entry.get("golden"):
-        golden = list(enumerate(entry["golden"], 1))[:last]
-        art.path([(x(at), y(rate)) for at, rate in golden], "series s-golden", "golden curve")
-        art.text(x(golden[-1][0]) - 2, y(golden[-1][1]) - 9, "golden", "faint", "end")
+        golden = dict(enumerate(entry["golden"][:last], 1))
+        art.path([(x(at), y(rate)) for at, rate in golden.items()], "series s-golden", "golden curve")
+        compared = {at: max(rate, compared.get(at, 0.0)) for at, rate in golden.items()}
     art.path([(x(point["position"]), y(point["rate"])) for point in points], "series s-draft")
     for point in points:
-        tip = f"draft token {point['position']}: {100 * point['rate']:.1f} %"
-        if point.get("low") is not None:
-            tip += f" ({100 * point['low']:.1f} to {100 * point['high']:.1f} %, {point['drafted']:,} drafted)"
-            art.line(x(point["position"]), y(point["low"]), x(point["position"]), y(point["high"]), "whisker", tip)
-        art.dot(x(point["position"]), y(point["rate"]), 3.5, "dot f-draft", tip)
-    for point, place in zip(points, [y(point["rate"]) for point in points]):
-        art.text(x(point["position"]) + 6, place - 5, f"{100 * point['rate']:.0f}", "small")
+        _rate(art, point, x(point["position"]), y, under=compared.get(point["position"], 0.0) > point["rate"] + 0.005)
     return art.svg()
 
 
-def histogram(series: Mapping[str, Any], width: float = 228, height: float = 132, bins: int = 24) -> str:
-    """Counts per bin; the median and the bad tail are drawn as lines with their values."""
+def _rate(art: Canvas, point: Mapping[str, Any], px: float, y: Any, under: bool) -> None:
+    """A dot with its whisker; the figure goes to the side where no other line runs."""
+    tip = f"draft token {point['position']}: {100 * point['rate']:.1f} %"
+    if point.get("low") is not None:
+        tip += f" ({100 * point['low']:.1f} to {100 * point['high']:.1f} %, {point['drafted']:,} drafted)"
+        art.line(px, y(point["low"]), px, y(point["high"]), "whisker", tip)
+    art.dot(px, y(point["rate"]), 3.5, "dot f-draft", tip)
+    art.text(px, y(point["rate"]) + (17 if under else -8), f"{100 * point['rate']:.0f}", "small strong", "middle")
+
+
+def histogram(series: Mapping[str, Any], width: float, height: float = 124) -> str:
+    """Counts per bin; the median and the bad tail are drawn as lines."""
     values = series["values"]
     low, high = min(values), max(values)
+    bins = max(6, min(24, round(2 * len(values) ** 0.5)))
     span = (high - low) or abs(low) * 0.1 or 1.0
     low, high = low - 0.02 * span, high + 0.02 * span
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
-    x, y = linear(low, high, 4, width - 4), linear(0, max(counts), height - 22, 34)
+    x, y = linear(low, high, 4, width - 4), linear(0, max(counts), height - 22, 22)
     art = Canvas(width, height, f"{series['label']}: distribution over {len(values)} requests")
     step = (width - 8) / bins
     for at, count in enumerate(counts):
         if count:
-            tip = f"{three(low + at * (high - low) / bins)} to {three(low + (at + 1) * (high - low) / bins)} {series['unit']}: {count}"
+            start, end = (low + edge * (high - low) / bins for edge in (at, at + 1))
+            tip = f"{three(start)} to {three(end)} {series['unit']}: {count}"
             art.rect(4 + at * step, y(count), step - 1, height - 22 - y(count), "f-soft", tip, 1)
     art.line(4, height - 22, width - 4, height - 22, "base")
-    for tick in ticks(low, high, 3):
+    for tick in ticks(low, high, 4):
         art.text(x(tick), height - 7, f"{tick:g}", "tick", "middle")
-    tail = "p10" if series["better"] > 0 else "p90"
-    _marks(art, x, [("median", series["p50"], "mid"), ("slowest 10 %", series[tail], "tail")], width, height)
+    tail = series["p10"] if series["better"] > 0 else series["p90"]
+    art.line(
+        x(series["p50"]),
+        18,
+        x(series["p50"]),
+        height - 22,
+        "mark-mid",
+        f"median {three(series['p50'])} {series['unit']}",
+    )
+    art.line(x(tail), 14, x(tail), height - 22, "mark-tail", f"slowest tenth {three(tail)} {series['unit']}")
+    words = f"slowest tenth {three(tail)}"
+    right = x(tail) + len(words) * 6 < width
+    art.text(x(tail) if right else width - 4, 10, words, "small halo", "start" if right else "end")
     return art.svg()
-
-
-def _marks(art: Canvas, x: Any, marks: Sequence[tuple[str, float, str]], width: float, height: float) -> None:
-    for row, (name, value, kind) in enumerate(marks):
-        px, y = x(value), 11 + 14 * row
-        words = f"{name} {three(value)}"
-        art.line(px, y + 3, px, height - 22, f"mark-{kind}")
-        right = px + 6 + len(words) * 6 < width
-        art.text(px + 4 if right else px - 4, y, words, "small strong" if kind == "mid" else "small", "start" if right else "end")
 
 
 def curve(points: Sequence[Mapping[str, float]], width: float = 228, height: float = 110) -> str:
@@ -85,13 +95,13 @@ def curve(points: Sequence[Mapping[str, float]], width: float = 228, height: flo
         art.text(25, y(tick) + 4, f"{tick:g}", "tick", "end")
     for tick in ticks(min(steps), max(steps), 3):
         art.text(x(tick), height - 5, f"{tick:,.0f}", "tick", "middle")
-    art.path([(x(step), y(loss)) for step, loss in zip(steps, losses)], "series s-draft")
+    art.path([(x(step), y(loss)) for step, loss in zip(steps, losses, strict=True)], "series s-draft")
     art.dot(x(steps[-1]), y(losses[-1]), 3.5, "dot f-draft", f"step {steps[-1]:,.0f}: loss {three(losses[-1])}")
     art.text(x(steps[-1]) - 4, y(losses[-1]) - 8, three(losses[-1]), "small strong", "end")
     return art.svg()
 
 
-def gate_bar(gate: Mapping[str, Any], width: float = 96) -> str:
+def gate_bar(gate: Mapping[str, Any], width: float = 76) -> str:
     """Where the figure stands: a shaft from zero to the measured value, a tick at what was asked for."""
     measured, required = gate["measured"], gate["required"]
     if measured is None or not required or measured < 0 or required < 0:
@@ -100,7 +110,15 @@ def gate_bar(gate: Mapping[str, Any], width: float = 96) -> str:
     share = min(measured / required, 2)
     art = Canvas(width, 14, f"{measured / required:.2f} times what was asked for")
     art.rect(0, 4.5, width, 5, "f-track", radius=2.5)
-    art.rect(0, 4.5, x(share), 5, "f-good" if gate["verdict"] == "PASS" else "f-bad", f"{measured / required:.2f} x what was asked for", 2.5)
+    art.rect(
+        0,
+        4.5,
+        x(share),
+        5,
+        "f-good" if gate["verdict"] == "PASS" else "f-bad",
+        f"{measured / required:.2f} x what was asked for",
+        2.5,
+    )
     art.line(x(1), 0.5, x(1), 13.5, "asked", "what was asked for")
     return art.svg("gatebar")
 

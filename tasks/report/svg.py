@@ -20,8 +20,15 @@ class Canvas:
         self.width, self.height, self.label = width, height, label
         self.parts: list[str] = []
 
-    def rect(self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", radius: float = 2) -> None:
-        self._add("rect", kind, tip, f'x="{n(x)}" y="{n(y)}" width="{n(max(width, 0.5))}" height="{n(height)}" rx="{n(radius)}"')
+    def rect(
+        self, x: float, y: float, width: float, height: float, kind: str, tip: str = "", radius: float = 2
+    ) -> None:
+        self._add(
+            "rect",
+            kind,
+            tip,
+            f'x="{n(x)}" y="{n(y)}" width="{n(max(width, 0.5))}" height="{n(height)}" rx="{n(radius)}"',
+        )
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str, tip: str = "") -> None:
         self._add("line", kind, tip, f'x1="{n(x1)}" y1="{n(y1)}" x2="{n(x2)}" y2="{n(y2)}"')
@@ -77,8 +84,12 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Powers of ten inside [low, high]."""
-    return [10.0**power for power in range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)]
+    """Powers of ten inside [low, high]; with fewer than three of them also their 2 and 5 times."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.floor(math.log10(high) + 1e-9) + 1)]
+    inside = [value for value in powers if value >= low * (1 - 1e-9)]
+    if len(inside) > 2:
+        return inside
+    return [value for power in powers for value in (power, 2 * power, 5 * power) if low * (1 - 1e-9) <= value <= high]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

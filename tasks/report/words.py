@@ -1,6 +1,6 @@
 """Plain words, units and directions for flat metric names, and how a figure is written.
 
-Refuses to judge: a direction here only says which way is better when two builds are compared; verdicts come from `validate`.
+Refuses to judge: a direction only says which way is better when two builds are compared; verdicts are `validate`'s.
 Run it: `python -m pytest tests/tasks/test_report_words.py`.
 """
 
@@ -34,9 +34,9 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"baseline\.tps_per_user\.(\w+)", Meaning(r"Speed without speculation, \1", "tokens/s", 1)),
     (r"speedup", Meaning("Gain from speculation", "x", 1)),
     (r"acceptance\.length", Meaning("Tokens per cycle", "tokens", 1)),
-    (r"acceptance\.length\.(.+)", Meaning(r"Tokens per cycle, \1", "tokens", 1)),
+    (r"acceptance\.length\.(.+)", Meaning(r"Tokens per cycle in \1", "tokens", 1)),
     (r"acceptance\.position\.(\d+)", Meaning(r"Draft token \1 accepted", "%", 1)),
-    (r"acceptance\.position\.(\d+)\.(.+)", Meaning(r"Draft token \1 accepted, \2", "%", 1)),
+    (r"acceptance\.position\.(\d+)\.(.+)", Meaning(r"Draft token \1 accepted in \2", "%", 1)),
     (r"accuracy\.source", Meaning("Accuracy, source model", "%", 1)),
     (r"accuracy\.served", Meaning("Accuracy, served model", "%", 1)),
     (r"accuracy\.difference", Meaning("Accuracy, served minus source", "points", 1)),
@@ -45,13 +45,21 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"accuracy\.(.+)\.served", Meaning(r"Accuracy of \1, served model", "%", 1)),
     (r"accuracy\.(.+)\.difference", Meaning(r"Accuracy of \1, served minus source", "points", 1)),
     (r"cycle\.us", Meaning("Time of one cycle", "us", -1)),
+    (r"cycle\.client_us", Meaning("Time of one cycle as the user sees it", "us", -1)),
+    (r"cycle\.outside_us", Meaning("Time of one cycle outside the engine", "us", -1)),
     (r"cycle\.(.+)_us", Meaning(r"Cycle: \1", "us", -1)),
     (r"client\.error_percent", Meaning("Error of our own stopwatch", "percent", -1)),
     (r"quantize\.sqnr_db\.(\w+)", Meaning(r"Quantization signal to noise, \1", "dB", 1)),
     (r"(.*)\.bytes", Meaning(r"Size of \1", "bytes", 0)),
     (r"(.*)_seconds", Meaning(r"\1", "s", -1)),
 )
-_WORDS = {"p50": "median", "p10": "slowest tenth", "p90": "90th percentile", "p95": "95th percentile", "p99": "99th percentile"}
+_WORDS = {
+    "p50": "median",
+    "p10": "slowest tenth",
+    "p90": "90th percentile",
+    "p95": "95th percentile",
+    "p99": "99th percentile",
+}
 
 
 def meaning(metric: str) -> Meaning:
@@ -59,15 +67,17 @@ def meaning(metric: str) -> Meaning:
     for pattern, found in _MEANINGS:
         match = re.fullmatch(pattern, metric)
         if match:
-            label = match.expand(found.label)
+            label = match.expand(found.label).replace("_", " ")
             for short, long in _WORDS.items():
-                label = re.sub(rf"\b{short}\b", long, label)
-            return Meaning(label.replace("_", " ") or metric.replace("_", " "), found.unit, found.better)
+                label = label.replace(f", {short}", f", {long}")
+            if label.endswith(", median"):  # reads better in a sentence: "median speed for one user is ..."
+                label = f"Median {label[:1].lower()}{label[1:]}".removesuffix(", median")
+            return Meaning(label or metric.replace("_", " "), found.unit, found.better)
     return Meaning(metric.replace("_", " "))
 
 
 def figure(value: Any, unit: str = "") -> str:
-    """A number as a person reads it: three significant digits, thousands apart, shares as percent; else 'not measured'."""
+    """A number as a person reads it: three digits, thousands apart, shares as percent; else 'not measured'."""
     number = as_number(value)
     if number is None:
         return NOT_MEASURED
@@ -79,13 +89,26 @@ def figure(value: Any, unit: str = "") -> str:
         return size(number)
     if unit == "us":
         return micros(number)
+    if unit == "s":
+        return seconds(number)
     if unit == "percent":
         return f"{three(number)} %"
     return f"{three(number)} {unit}".rstrip()
 
 
+def between(low: Any, high: Any, unit: str = "") -> str:
+    """270 to 420 tokens/s: the unit once when both have the same."""
+    left, right = figure(low, unit), figure(high, unit)
+    tail = f" {unit}"
+    if unit in ("%", "points"):
+        tail = right[right.rindex(" ") :] if " " in right else ""
+    elif unit == "us":
+        tail = right[right.rindex(" ") :]
+    return f"{left.removesuffix(tail)} to {right}" if tail and left.endswith(tail) else f"{left} to {right}"
+
+
 def three(number: float) -> str:
-    """Three significant digits, never in exponent form for what people compare by eye: 1,038 · 212 · 2.61 · 0.0123."""
+    """Three significant digits, without exponents for what people compare by eye: 1,038 · 212 · 2.61 · 0.0123."""
     if number == 0 or not math.isfinite(number):
         return "0" if number == 0 else str(number)
     magnitude = math.floor(math.log10(abs(number)))
@@ -98,7 +121,8 @@ def three(number: float) -> str:
 
 def signed(number: float, digits: int) -> str:
     """With its sign, and a real minus."""
-    return f"{number:+,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{number:+,.{digits}f}"
+    return text[1:] if float(text.replace(",", "")) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def micros(us: float) -> str:
