@@ -1,9 +1,11 @@
-"""Stage `validate`: measure the candidate and its source, then say PASS, FAIL or UNDERPOWERED, with every reason on file.
+"""Stage `validate`: measure the candidate and its source, then say PASS, FAIL or UNDERPOWERED, with every reason.
 
-Order: the client tests itself; the candidate is timed (one user, then ten); both sides answer the same problems; the paired
-test and the gates decide. It leaves requests, problems and acceptance as checked tables, the waterfall, gates and verdict.
+Order: the client tests itself; the candidate is timed (one user, then ten); both sides answer the same problems; the
+paired test and the gates decide. It leaves requests, problems and acceptance as checked tables, the waterfall, gates
+and verdict.
 
-It refuses to time with a client that fails its own test, and to pass what it could not measure. It never promotes anything.
+It refuses to time with a client that fails its own test, and to pass what it could not measure. It never promotes
+anything.
 
 Run: by `kilotok run SPEC`; pieces alone: `python -m tasks.validate.selftest`, `python -m tasks.validate.accuracy`.
 """
@@ -35,7 +37,8 @@ STEPS = ("client", "speed", "served answers", "source speed", "source answers", 
 def build(job: Job, progress: Progress, serve: Serve | None = None, source: Source | None = None) -> dict[str, float]:
     """See the module docstring. Raises StageFailed when the client fails its self-test or a server does not come up.
 
-    `serve` gives the candidate's base URL for its deployment.json, `source` runs the source's server; both are for tests.
+    `serve` gives the candidate's base URL for its deployment.json, `source` runs the source's server; both are for
+    tests.
     """
     from tasks.validate.reference import source_server
 
@@ -108,7 +111,9 @@ class _Validation:
 
     # -- measuring
     def test_client(self) -> None:
-        """Twice at most: on a shared machine one hiccup is not the client's fault, two are a machine that cannot time."""
+        """Twice at most: on a shared machine one hiccup is not the client's fault, two are a machine that cannot
+        time.
+        """
         from specs.errors import StageFailed
         from tasks.validate.selftest import ERROR_LIMIT_PERCENT, before_a_run
 
@@ -118,7 +123,11 @@ class _Validation:
             if self.metrics["client.error_percent"] <= ERROR_LIMIT_PERCENT:
                 return
         error = f"{self.metrics['client.error_percent']:.1f}%"
-        raise StageFailed(f"the client mistimes a mock of known timing by {error}", "self-test", f"free the CPU; at most {ERROR_LIMIT_PERCENT:g}%")
+        raise StageFailed(
+            f"the client mistimes a mock of known timing by {error}",
+            "self-test",
+            f"free the CPU; at most {ERROR_LIMIT_PERCENT:g}%",
+        )
 
     def endpoint(self, base_url: str) -> Any:
         """The endpoint with the name it serves its model under. Raises NetworkError when it does not say."""
@@ -133,7 +142,9 @@ class _Validation:
                 raise ValueError(f"status {reply.status}" if reply else "no answer")
             name = json.loads(reply.body)["data"][0]["id"]
         except (ValueError, LookupError, TypeError) as error:
-            raise NetworkError(f"the endpoint does not list its model: {error}", f"{base_url}/v1/models", "look at the server's log") from error
+            raise NetworkError(
+                f"the endpoint does not list its model: {error}", f"{base_url}/v1/models", "look at the server's log"
+            ) from error
         return Endpoint(base_url, str(name), self.count)
 
     def time_served(self, base_url: str) -> list[dict[str, Any]]:
@@ -201,9 +212,14 @@ class _Validation:
 
         model = self.endpoint(base_url).model
         answers = ask(
-            Side(side, base_url, model, in_flight=self.slots()), self.accuracy["tasks"], self.local, self.job.scratch / "lm_tasks",
-            int(self.accuracy["max_new_tokens"]), self.accuracy.get("samples"), on_answer,
-        )  # fmt: skip
+            Side(side, base_url, model, in_flight=self.slots()),
+            self.accuracy["tasks"],
+            self.local,
+            self.job.scratch / "lm_tasks",
+            int(self.accuracy["max_new_tokens"]),
+            self.accuracy.get("samples"),
+            on_answer,
+        )
         made = {"rows": answers.rows, "usages": answers.usages}
         _write_whole(kept, json.dumps(made))
         return made
@@ -216,7 +232,10 @@ class _Validation:
     def conclude(self, accuracy: dict[str, dict[str, Any]]) -> None:
         from tasks.validate.gates import judge, passed
 
-        spec_gates = [{name: value for name, value in gate.items() if value is not None} for gate in self.settings.get("gates") or ()]
+        spec_gates = [
+            {name: value for name, value in gate.items() if value is not None}
+            for gate in self.settings.get("gates") or ()
+        ]
         last_good = (self.job.extra.get("last_good") or {}).get("metrics")
         results = judge(self.metrics, [*spec_gates, *self.own_gates()], last_good)
         rows = [_gate_row(result) for result in results if result.state != "FIRST"]
@@ -229,10 +248,19 @@ class _Validation:
         else:
             rows.append(row)
         verdict = "PASS" if passed(results) else "FAIL"
-        if overall["verdict"] == "FAIL" or (overall["verdict"] == "UNDERPOWERED" and verdict == "PASS" and not only_warn):
+        if overall["verdict"] == "FAIL" or (
+            overall["verdict"] == "UNDERPOWERED" and verdict == "PASS" and not only_warn
+        ):
             verdict = overall["verdict"]
         by_task = {task: entry for task, entry in accuracy.items() if task != "all"}
-        record = {"verdict": verdict, "gates": rows, "warnings": warnings, "accuracy": by_task, "overall": overall, "findings": self.findings}
+        record = {
+            "verdict": verdict,
+            "gates": rows,
+            "warnings": warnings,
+            "accuracy": by_task,
+            "overall": overall,
+            "findings": self.findings,
+        }
         out: Path = self.job.out
         (out / "gates.json").write_text(json.dumps(rows, indent=1))
         (out / "verdict.json").write_text(json.dumps(record, indent=1))
@@ -252,22 +280,37 @@ class _Validation:
 
 def _gate_row(result: Any) -> dict[str, Any]:
     return {
-        "metric": result.metric, "op": result.direction, "measured": result.value, "required": result.bound, "asked": result.asked,
-        "unit": result.unit, "verdict": result.state, "reason": result.reason,
-    }  # fmt: skip
+        "metric": result.metric,
+        "op": result.direction,
+        "measured": result.value,
+        "required": result.bound,
+        "asked": result.asked,
+        "unit": result.unit,
+        "verdict": result.state,
+        "reason": result.reason,
+    }
 
 
 def _accuracy_row(overall: dict[str, Any]) -> dict[str, Any]:
     reason = (
         f"{100 * overall['difference']:+.1f} points against the source on {overall['problems']} problems "
-        f"(one-sided limits {100 * overall['lower']:+.1f} and {100 * overall['upper']:+.1f}, p = {overall['p_value']:.3g})"
+        f"(one-sided limits {100 * overall['lower']:+.1f} and {100 * overall['upper']:+.1f}, "
+        f"p = {overall['p_value']:.3g})"
     )
     if overall["verdict"] == "UNDERPOWERED":
-        reason += f"; too few to tell at a margin of {100 * overall['margin']:g} points: {overall['samples_needed']} more problems needed"
+        reason += f"; too few to tell at a margin of {100 * overall['margin']:g} points"
+        reason += f": {overall['samples_needed']} more problems needed"
     return {
-        "metric": "accuracy.difference", "op": "at_least", "measured": overall["difference"], "required": -overall["margin"],
-        "asked": "non-inferiority", "unit": "share", "kind": "accuracy", "verdict": overall["verdict"], "reason": reason,
-    }  # fmt: skip
+        "metric": "accuracy.difference",
+        "op": "at_least",
+        "measured": overall["difference"],
+        "required": -overall["margin"],
+        "asked": "non-inferiority",
+        "unit": "share",
+        "kind": "accuracy",
+        "verdict": overall["verdict"],
+        "reason": reason,
+    }
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -275,4 +318,3 @@ def _write_whole(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
-

@@ -51,5 +51,7 @@ def acceptance_metrics(frame: pd.DataFrame) -> dict[str, float]:
         whole = row.domain == ALL
         if row.position == 1:
             metrics["acceptance.length" if whole else f"acceptance.length.{row.domain}"] = float(row.length)
-        metrics[f"acceptance.position.{row.position}" if whole else f"acceptance.position.{row.position}.{row.domain}"] = float(row.rate)
+        metrics[
+            f"acceptance.position.{row.position}" if whole else f"acceptance.position.{row.position}.{row.domain}"
+        ] = float(row.rate)
     return {name: value for name, value in metrics.items() if value == value}

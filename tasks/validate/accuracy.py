@@ -1,9 +1,10 @@
 """Accuracy through lm-eval: the same problems put to two endpoints, every raw answer kept, then the paired test.
 
-lm-eval asks (its own API model class, many requests in flight, greedy), filters and scores; this module names the tasks, keeps
-each reply's usage for the acceptance figures, and pairs the two sides by problem.
+lm-eval asks (its own API model class, many requests in flight, greedy), filters and scores; this module names the
+tasks, keeps each reply's usage for the acceptance figures, and pairs the two sides by problem.
 
-It refuses a problem that only one side answered, and an endpoint that cannot answer at all: neither is ever a wrong answer.
+It refuses a problem that only one side answered, and an endpoint that cannot answer at all: neither is ever a wrong
+answer.
 
 Run: `python -m tasks.validate.accuracy PROBLEMS BASE_URL MODEL` prints the share of right answers by domain.
 """
@@ -32,7 +33,10 @@ TRIES = 3  # lm-eval's own, with 1 to 10 s between them
 
 @dataclass(frozen=True)
 class Side:
-    """One endpoint under test: `name` is `source` or `served`. `in_flight` only saves time; it must fit the server's queue."""
+    """One endpoint under test: `name` is `source` or `served`.
+
+    `in_flight` only saves time; it must fit the server's queue.
+    """
 
     name: str
     base_url: str
@@ -65,7 +69,10 @@ def ask(
     side: Side, tasks: Sequence[str], local: Mapping[str, Sequence[Problem]], folder: Path, max_new_tokens: int,
     samples: int | None = None, on_answer: Callable[[int], None] | None = None,
 ) -> Answers:  # fmt: skip
-    """Puts every task to one endpoint. Raises NetworkError when it does not answer within the limits, after lm-eval's retries."""
+    """Puts every task to one endpoint.
+
+    Raises NetworkError when it does not answer within the limits, after lm-eval's retries.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.tasks import TaskManager
 
@@ -75,19 +82,35 @@ def ask(
     try:
         loaded = manager.load(wanted)
     except Exception as error:  # lm-eval loads arbitrary task code and data sets: anything can come out of it
-        raise InputError(f"lm-eval cannot load {', '.join(wanted)}: {error}", "validate.accuracy.tasks", "check its data is reachable") from error
+        raise InputError(
+            f"lm-eval cannot load {', '.join(wanted)}: {error}",
+            "validate.accuracy.tasks",
+            "check its data is reachable",
+        ) from error
     for task in loaded["tasks"].values():
-        task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0}, update=True)
+        task.set_config(
+            key="generation_kwargs",
+            value={"max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0},
+            update=True,
+        )
     usages: list[tuple[str, Mapping[str, Any]]] = []
     model = _api_model(side, usages, on_answer)
     try:
         # `evaluate` and not `simple_evaluate`: the same work without seconds of collecting environment information.
-        result = evaluate(model, loaded, limit=None if not named else samples, bootstrap_iters=0, apply_chat_template=True)
-    except Exception as error:  # aiohttp, asyncio and lm-eval each have their own; all mean that the endpoint did not answer
-        raise NetworkError(f"{side.name} did not answer: {type(error).__name__} {error}", side.base_url, "look at the server's log") from error
+        result = evaluate(
+            model, loaded, limit=None if not named else samples, bootstrap_iters=0, apply_chat_template=True
+        )
+    except (
+        Exception
+    ) as error:  # aiohttp, asyncio and lm-eval each have their own; all mean that the endpoint did not answer
+        raise NetworkError(
+            f"{side.name} did not answer: {type(error).__name__} {error}", side.base_url, "look at the server's log"
+        ) from error
     owner = {problem.prompt: task for task, problems in local.items() for problem in problems}
     counted = [(owner.get(prompt, ""), usage) for prompt, usage in usages]
-    return Answers(_rows(result["samples"], side.name, {LM_EVAL_NAMES.get(task, task): task for task in tasks}), counted)
+    return Answers(
+        _rows(result["samples"], side.name, {LM_EVAL_NAMES.get(task, task): task for task in tasks}), counted
+    )
 
 
 def _api_model(side: Side, usages: list[Any], on_answer: Callable[[int], None] | None) -> Any:
@@ -122,10 +145,14 @@ def _api_model(side: Side, usages: list[Any], on_answer: Callable[[int], None] |
     )  # fmt: skip
 
 
-def _rows(samples: Mapping[str, Sequence[Mapping[str, Any]]], side: str, names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _rows(
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], side: str, names: Mapping[str, str]
+) -> list[dict[str, Any]]:
     rows = []
     for lm_name, records in samples.items():
-        task = names.get(lm_name) or next((ours for theirs, ours in names.items() if lm_name.startswith(theirs)), lm_name)
+        task = names.get(lm_name) or next(
+            (ours for theirs, ours in names.items() if lm_name.startswith(theirs)), lm_name
+        )
         first_filter = records[0]["filter"] if records else ""
         for record in records:
             if record["filter"] != first_filter:
@@ -145,7 +172,10 @@ def problems_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def paired_arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(source, served) as [problem, sample], in the order of the problems. Raises StageFailed when one side lacks a problem."""
+    """(source, served) as [problem, sample], in the order of the problems.
+
+    Raises StageFailed when one side lacks a problem.
+    """
     sides = []
     for name in ("source", "served"):
         wide = frame[frame["side"] == name].pivot(index=["task", "id"], columns="sample", values="correct")
@@ -154,7 +184,9 @@ def paired_arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     if not source.index.equals(served.index) or source.isna().to_numpy().any() or served.isna().to_numpy().any():
         odd = source.index.symmetric_difference(served.index)
         named = f", first {odd[0]}" if len(odd) else ""
-        raise StageFailed(f"source and served did not answer the same problems{named}", "problems.parquet", "run validate again")
+        raise StageFailed(
+            f"source and served did not answer the same problems{named}", "problems.parquet", "run validate again"
+        )
     return source.to_numpy(float), served.to_numpy(float)
 
 
@@ -165,8 +197,8 @@ def verdicts(frame: pd.DataFrame, margin: float, alpha: float, power: float) -> 
     """The paired test over all problems (`all`) and by task.
 
     `all` decides, with one exception: a task shown to be worse than the margin (alpha shared among the tasks) fails the
-    whole, however good the others are. Short of that a task alone is UNDERPOWERED, not FAIL: four tasks tested at power 0.8
-    would fail every second good model.
+    whole, however good the others are. Short of that a task alone is UNDERPOWERED, not FAIL: four tasks tested at
+    power 0.8 would fail every second good model.
     """
     tasks = sorted(frame["task"].unique())
     results = {ALL_TASKS: compare(*paired_arrays(frame), margin=margin, alpha=alpha, power=power)}
@@ -186,8 +218,14 @@ def accuracy_metrics(results: Mapping[str, PairedResult]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for task, result in results.items():
         prefix = "accuracy" if task == ALL_TASKS else f"accuracy.{task}"
-        values = {"source": result.source, "served": result.served, "difference": result.difference, "low": result.lower,
-                  "high": result.upper, "problems": float(result.problems)}  # fmt: skip
+        values = {
+            "source": result.source,
+            "served": result.served,
+            "difference": result.difference,
+            "low": result.lower,
+            "high": result.upper,
+            "problems": float(result.problems),
+        }
         metrics.update({f"{prefix}.{name}": value for name, value in values.items()})
     return metrics
 

@@ -1,7 +1,7 @@
 """One request to a speculative endpoint, measured right: what is sent, what came back, and what that means per token.
 
 Definitions (all from the arrival of bytes, tokens counted by the tokenizer over the returned text, never by chunks):
-  ttft_ms    first chunk that carries text, after the request was written (open loop: after it was *meant* to be written)
+  ttft_ms    first chunk that carries text, after the request was written (ttft_intended_ms: after it was *meant* to be)
   tps_user   output tokens after the first / time after the first. A speculative first chunk can carry several tokens;
              what arrives at one instant has no duration, so "the first" is then the whole first chunk: tokens in later
              chunks / time from the first to the last chunk that carries text.
@@ -28,10 +28,25 @@ import numpy as np
 
 from tasks.validate.wire import Address, Connection, HttpReply, RawReply, clock, connect, parse_reply, sse_events
 
-FATAL = frozenset({"stall", "timeout", "reset", "connect", "malformed_http", "malformed_json", "invalid_utf8", "no_text",
-                   "throttled", "http_error", "server_error", "truncated_stream"})  # fmt: skip
+FATAL = frozenset(
+    {
+        "stall",
+        "timeout",
+        "reset",
+        "connect",
+        "malformed_http",
+        "malformed_json",
+        "invalid_utf8",
+        "no_text",
+        "throttled",
+        "http_error",
+        "server_error",
+        "truncated_stream",
+    }
+)
 RETRY_STATUS = (429, 503)
-# A character that the server cut in two, or a tokenization that is not canonical, moves a count a little; more is a lie.
+# A character that the server cut in two, or a tokenization that is not canonical, moves a count a little; more is a
+# lie.
 COUNT_TOLERANCE = 0.02
 
 CountTokens = Callable[[str], np.ndarray]
@@ -116,7 +131,10 @@ class Exchange:
 
 
 async def send(endpoint: Endpoint, ask: Ask, link: Link, intended_s: float | None = None, user: int = 0) -> Exchange:
-    """Sends one request, again after 429/503 (at most `limits.retries` times, each recorded). Never raises for a bad reply."""
+    """Sends one request, again after 429/503 (at most `limits.retries` times, each recorded).
+
+    Never raises for a bad reply.
+    """
     address, limits = endpoint.address, endpoint.limits
     request = address.request("POST", "/v1/chat/completions", ask.body(endpoint.model), endpoint.headers())
     started = clock()
@@ -137,7 +155,7 @@ class Link:
         self.connection: Connection | None = None
 
     async def open(self) -> str:
-        """"" or the name of what went wrong."""
+        """ "" or the name of what went wrong."""
         if self.connection is not None and not self.connection.closed:
             return ""
         try:
@@ -245,7 +263,9 @@ def _read_events(reply: HttpReply, parsed: Parsed) -> None:
 def _text_of(choice: dict[str, Any]) -> str:
     """Reasoning counts: a client that waits for `content` sees a false time to first token."""
     delta = choice.get("delta") or choice
-    return (delta.get("reasoning_content") or delta.get("reasoning") or "") + (delta.get("content") or delta.get("text") or "")
+    return (delta.get("reasoning_content") or delta.get("reasoning") or "") + (
+        delta.get("content") or delta.get("text") or ""
+    )
 
 
 def measure(exchange: Exchange, count: CountTokens, profile: str = "") -> dict[str, Any]:
@@ -272,7 +292,10 @@ def measure(exchange: Exchange, count: CountTokens, profile: str = "") -> dict[s
 
 
 def _tokens_by_chunk(texts: list[str], token_ends: np.ndarray) -> np.ndarray:
-    """A token belongs to the chunk that completed it. One pass of the tokenizer over the whole text, so counts add up."""
+    """A token belongs to the chunk that completed it.
+
+    One pass of the tokenizer over the whole text, so counts add up.
+    """
     chunk_ends = np.cumsum([len(text) for text in texts])
     owner = np.searchsorted(chunk_ends, token_ends, side="left")
     return np.bincount(np.minimum(owner, len(texts) - 1), minlength=len(texts))
@@ -308,11 +331,13 @@ def _timings(times: list[float], tokens: np.ndarray, sent: float, intended: floa
         float(np.median(per_token)) if len(per_token) else nan,
         float(np.percentile(per_token, 99)) if len(per_token) else nan,
     )
-    return dict(zip(names, values))
+    return dict(zip(names, values, strict=True))
 
 
 def speculation(usage: Mapping[str, Any]) -> dict[str, Any]:
-    """Accepted counts from a reply's usage, flat: OpenAI's own fields, and our per-position ones when the server has them."""
+    """Accepted counts from a reply's usage, flat: OpenAI's own fields, and our per-position ones when the server has
+    them.
+    """
     details = usage.get("completion_tokens_details") or {}
     own = usage.get("speculation") or {}
     return {

@@ -2,10 +2,11 @@
 
     {metric: latency.tps_per_user.p50, at_least: 1000}
     {metric: latency.tps_per_user.p50, at_least: 0.97 of last_good}     against the last promoted build
-    {metric: latency.tps_per_user.p50, at_least: 4.0 of baseline}       against baseline.tps_per_user.p50 of the same run
+    {metric: latency.tps_per_user.p50, at_least: 4.0 of baseline}       against baseline.tps_per_user.p50, same run
 
-It refuses to pass what is missing: no metric, NaN, or no baseline is MISSING, which blocks like FAIL. Only `last_good` may be
-absent as a whole: the first build has nothing to compare with, and is FIRST: not a pass, but no reason to stop either.
+It refuses to pass what is missing: no metric, NaN, or no baseline is MISSING, which blocks like FAIL. Only
+`last_good` may be absent as a whole: the first build has nothing to compare with, and is FIRST: not a pass, but no
+reason to stop either.
 
 Run: `python -m pytest tests/tasks/test_gates.py`
 """
@@ -20,8 +21,18 @@ from typing import Any, Literal
 
 State = Literal["PASS", "FAIL", "MISSING", "FIRST"]
 RELATIVE = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s+of\s+(last_good|baseline)\s*")
-UNITS = (("_ms", "ms"), ("_us", "us"), (".us", "us"), ("_percent", "%"), ("tps", "tokens/s"), ("acceptance.length", "tokens/cycle"),
-         ("acceptance.position", "share"), ("accuracy", "share"), ("_gib", "GiB"), ("_s", "s"))  # fmt: skip
+UNITS = (
+    ("_ms", "ms"),
+    ("_us", "us"),
+    (".us", "us"),
+    ("_percent", "%"),
+    ("tps", "tokens/s"),
+    ("acceptance.length", "tokens/cycle"),
+    ("acceptance.position", "share"),
+    ("accuracy", "share"),
+    ("_gib", "GiB"),
+    ("_s", "s"),
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,9 @@ def _judge_one(
         return result("FIRST" if last_good is None and "last_good" in str(asked) else "MISSING", why)
     good = value >= bound - tolerance if direction == "at_least" else value <= bound + tolerance
     words = direction.replace("_", " ")
-    return result("PASS" if good else "FAIL", f"{value:.6g} {unit}, must be {words} {bound:.6g}{why}".replace(" ,", ","))
+    return result(
+        "PASS" if good else "FAIL", f"{value:.6g} {unit}, must be {words} {bound:.6g}{why}".replace(" ,", ",")
+    )
 
 
 def _bound(
@@ -94,7 +107,9 @@ def _bound(
         return bound, "" if bound is not None else "the bound is not a number"
     match = RELATIVE.fullmatch(str(asked))
     if not match:
-        raise ValueError(f"{asked!r} is neither a number nor like '0.97 of last_good' or '4.0 of baseline' (gate on {metric})")
+        raise ValueError(
+            f"{asked!r} is neither a number nor like '0.97 of last_good' or '4.0 of baseline' (gate on {metric})"
+        )
     factor, of = float(match.group(1)), match.group(2)
     if of == "last_good" and last_good is None:
         return None, "no earlier good build to compare with"

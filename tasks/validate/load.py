@@ -1,8 +1,8 @@
 """Load profiles: one request in flight, N parallel users, open-loop arrivals.
 
-Closed loops answer "how fast is it for one of N users". Only the open loop answers "how long do users wait at this arrival
-rate": its latency counts from the moment a request was meant to be sent, so a stalled server cannot make the client leave
-out the requests that would have suffered (coordinated omission).
+Closed loops answer "how fast is it for one of N users". Only the open loop answers "how long do users wait at this
+arrival rate": its latency counts from the moment a request was meant to be sent, so a stalled server cannot make the
+client leave out the requests that would have suffered (coordinated omission).
 
 It refuses to run without bounds: every request has the endpoint's limits, the open loop has a cap on what is in flight.
 
@@ -54,7 +54,9 @@ def one_in_flight(endpoint: Endpoint, asks: Sequence[Ask], on_done: OnDone | Non
     return parallel_users(endpoint, asks, 1, "one_in_flight", on_done)
 
 
-def parallel_users(endpoint: Endpoint, asks: Sequence[Ask], users: int, profile: str = "", on_done: OnDone | None = None) -> Rows:
+def parallel_users(
+    endpoint: Endpoint, asks: Sequence[Ask], users: int, profile: str = "", on_done: OnDone | None = None
+) -> Rows:
     """`users` connections; each takes the next prompt as soon as its last answer ended."""
     collector = _Collector(endpoint, profile or f"parallel_{users}", on_done)
     queue = list(reversed(asks))

@@ -1,8 +1,9 @@
 """A mock OpenAI-compatible server that streams on a schedule known beforehand, and that misbehaves on request.
 
-It is a process of its own, one thread over non-blocking sockets. A reply is made whole beforehand and cut by due time: a late
-loop sends what is due at once instead of sliding the schedule. The last event carries the times at which it really sent the first and the
-last token (system-wide monotonic clock), so that the client's error can be told from the mock's.
+It is a process of its own, one thread over non-blocking sockets. A reply is made whole beforehand and cut by due
+time: a late loop sends what is due at once instead of sliding the schedule. The last event carries the times at which
+it really sent the first and the last token (system-wide monotonic clock), so that the client's error can be told from
+the mock's.
 
 It refuses to be a model: it answers prompts from a file, or with a fixed word.
 
@@ -27,7 +28,20 @@ from typing import Any
 
 clock = time.perf_counter
 
-FAULTS = ("", "stall", "reset", "utf8", "split_utf8", "usage", "no_usage", "malformed", "429", "503", "503_once", "empty")
+FAULTS = (
+    "",
+    "stall",
+    "reset",
+    "utf8",
+    "split_utf8",
+    "usage",
+    "no_usage",
+    "malformed",
+    "429",
+    "503",
+    "503_once",
+    "empty",
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +56,18 @@ class MockPlan:
     draft_tokens: int = 3
     fault: str = ""
     answers: str = ""  # JSON lines with prompt and answer
-    tokenizer: str = ""  # a tokenizer.json, to cut answers into true tokens; without it twelve pieces pass for 36 tokens
+    tokenizer: str = (
+        ""  # a tokenizer.json, to cut answers into true tokens; without it twelve pieces pass for 36 tokens
+    )
     wrong_every: int = 0  # every nth problem of the file is answered wrongly
     serial: bool = False  # one request at a time: the others queue, as behind a stalled engine
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A whole reply made beforehand: event i ends at `ends[i]` in `blob` and is due `offsets_s[i]` after the first token."""
+    """A whole reply made beforehand: event i ends at `ends[i]` in `blob` and is due `offsets_s[i]` after the first
+    token.
+    """
 
     offsets_s: list[float]
     ends: list[int]

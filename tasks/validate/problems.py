@@ -1,7 +1,7 @@
 """The problems file: JSON lines of id, domain, prompt, target, read strictly before anything is asked.
 
-It refuses duplicates, empty domains and broken lines, each by file and line: a problem counted twice or not at all shifts
-every figure of the report.
+It refuses duplicates, empty domains and broken lines, each by file and line: a problem counted twice or not at all
+shifts every figure of the report.
 
 Run: `python -m pytest tests/tasks/test_accuracy.py`
 """
@@ -42,9 +42,13 @@ def read_problems(path: Path) -> list[Problem]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"the problems file cannot be read: {error.strerror}", str(path), "check validate.accuracy.problems") from error
+        raise InputError(
+            f"the problems file cannot be read: {error.strerror}", str(path), "check validate.accuracy.problems"
+        ) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"the problems file is not UTF-8 at byte {error.start}", str(path), "save it as UTF-8") from error
+        raise InputError(
+            f"the problems file is not UTF-8 at byte {error.start}", str(path), "save it as UTF-8"
+        ) from error
     seen: dict[str, int] = {}
     problems = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -53,11 +57,15 @@ def read_problems(path: Path) -> list[Problem]:
         where = f"{path}:{number}"
         problem = _parse(line, where)
         if problem.id in seen:
-            raise InputError(f"id {problem.id!r} is already on line {seen[problem.id]}", where, "give each problem its own id")
+            raise InputError(
+                f"id {problem.id!r} is already on line {seen[problem.id]}", where, "give each problem its own id"
+            )
         seen[problem.id] = number
         problems.append(problem)
     if not problems:
-        raise InputError("the problems file is empty", str(path), "one JSON object per line: id, domain, prompt, target")
+        raise InputError(
+            "the problems file is empty", str(path), "one JSON object per line: id, domain, prompt, target"
+        )
     return problems
 
 
@@ -78,8 +86,13 @@ def _parse(line: str, where: str) -> Problem:
     return Problem(*values)
 
 
-def by_task(problems: Sequence[Problem], tasks: Sequence[str], samples: int | None, where: str) -> dict[str, list[Problem]]:
-    """The local tasks among `tasks` with their problems, at most `samples` each. Raises InputError for an empty domain."""
+def by_task(
+    problems: Sequence[Problem], tasks: Sequence[str], samples: int | None, where: str
+) -> dict[str, list[Problem]]:
+    """The local tasks among `tasks` with their problems, at most `samples` each.
+
+    Raises InputError for an empty domain.
+    """
     found: dict[str, list[Problem]] = {}
     for task in tasks:
         members = [problem for problem in problems if problem.domain == task]

@@ -1,7 +1,7 @@
 """Which prompts a speed run sends, how long, and the figures made of its rows.
 
   held_out                     the prompts of the file as they are, the domains in turn
-  artificial_analysis_{100,1k,10k}   about that many tokens in, every prompt unique (medians over unique prompts, one in flight)
+  artificial_analysis_{100,1k,10k}   about that many tokens in, every prompt unique
 
 It refuses to send a prompt twice in one run: a second time a cache could answer it.
 
@@ -25,8 +25,12 @@ HELD_OUT = "held_out"
 Rows = Sequence[Mapping[str, Any]]
 
 
-def choose(prompts: Sequence[Any], profile: str, number: int, max_tokens: int, count: CountTokens, offset: int = 0) -> list[Ask]:
-    """`number` unique prompts (of `.id`, `.domain`, `.prompt`), the domains in turn. `offset` skips those of an earlier run.
+def choose(
+    prompts: Sequence[Any], profile: str, number: int, max_tokens: int, count: CountTokens, offset: int = 0
+) -> list[Ask]:
+    """`number` unique prompts (of `.id`, `.domain`, `.prompt`), the domains in turn.
+
+    `offset` skips those of an earlier run.
 
     Raises InputError for an unknown profile or too few prompts.
     """
@@ -67,7 +71,10 @@ def latency_metrics(rows: Rows, prefix: str = "latency") -> dict[str, float]:
         values = [row[column] for row in good if not math.isnan(row[column])]
         if values:
             metrics[f"{prefix}.{name}.p50"] = statistics.median(values)
-            metrics[f"{prefix}.{name}.p10"], metrics[f"{prefix}.{name}.p90"] = _quantile(values, 0.1), _quantile(values, 0.9)
+            metrics[f"{prefix}.{name}.p10"], metrics[f"{prefix}.{name}.p90"] = (
+                _quantile(values, 0.1),
+                _quantile(values, 0.9),
+            )
     for domain in sorted({row["domain"] for row in good} - {""}):
         values = [row["tps_user"] for row in good if row["domain"] == domain and not math.isnan(row["tps_user"])]
         if values:
@@ -90,7 +97,10 @@ def integrity_metrics(rows: Rows) -> dict[str, float]:
     counted = [row for row in rows if row["ok"]]
     text = sum(row["output_tokens"] for row in counted)
     # A stop token is generated but is not text.
-    claimed = sum(row["usage_tokens"] - (row["finish_reason"] == "stop" and row["usage_tokens"] > row["output_tokens"]) for row in counted)
+    claimed = sum(
+        row["usage_tokens"] - (row["finish_reason"] == "stop" and row["usage_tokens"] > row["output_tokens"])
+        for row in counted
+    )
     return {
         "latency.failed_requests": float(len(rows) - len(counted)),
         "latency.usage_error_percent": 100 * abs(claimed - text) / text if text else float("nan"),

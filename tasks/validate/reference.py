@@ -26,16 +26,34 @@ HOST = "127.0.0.1"
 
 
 @contextmanager
-def source_server(download: Path, candidate: Path, scratch: Path, backend: str, start_timeout_s: float = 120.0) -> Iterator[str]:
+def source_server(
+    download: Path, candidate: Path, scratch: Path, backend: str, start_timeout_s: float = 120.0
+) -> Iterator[str]:
     """Base URL of the served source. Raises StageFailed with the server's last words when it does not come up."""
     if backend != "native":
-        raise StageFailed(f"no reference server for the {backend} backend", str(download), "serve the source and use engine.backend native")
+        raise StageFailed(
+            f"no reference server for the {backend} backend",
+            str(download),
+            "serve the source and use engine.backend native",
+        )
     bundle = scratch / "source-bundle"
     if not (bundle / "bundle.json").is_file():
         _build(download, candidate, bundle)
     port, log = free_port(HOST), scratch / "source-server.log"
-    argv = [sys.executable, "-m", "engine_plugins.native.server", "--bundle", str(bundle), "--host", HOST, "--port", str(port),
-            "--no-speculation", "--served-model-name", "source"]  # fmt: skip
+    argv = [
+        sys.executable,
+        "-m",
+        "engine_plugins.native.server",
+        "--bundle",
+        str(bundle),
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+        "--no-speculation",
+        "--served-model-name",
+        "source",
+    ]
     process = spawn(argv, log)
     try:
         wait_healthy(f"http://{HOST}:{port}", process, log, start_timeout_s)
@@ -59,7 +77,17 @@ def wait_healthy(url: str, process: subprocess.Popen[bytes], log: Path, timeout_
     deadline = time.monotonic() + timeout_s
     while http_status(f"{url}/health") != 200:
         if process.poll() is not None:
-            raise StageFailed(f"the source's server ended with {process.returncode}: {last_lines(log, 3)}", str(log), "read its log", log_path=str(log))
+            raise StageFailed(
+                f"the source's server ended with {process.returncode}: {last_lines(log, 3)}",
+                str(log),
+                "read its log",
+                log_path=str(log),
+            )
         if time.monotonic() > deadline:
-            raise StageFailed(f"the source's server was not healthy after {timeout_s:g} s", str(log), "read its log", log_path=str(log))
+            raise StageFailed(
+                f"the source's server was not healthy after {timeout_s:g} s",
+                str(log),
+                "read its log",
+                log_path=str(log),
+            )
         time.sleep(0.1)

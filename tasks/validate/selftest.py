@@ -31,7 +31,9 @@ def count_words(text: str) -> np.ndarray:
 
 
 def self_test(users: int, tokens_per_s: float = 5000.0, tokens: int = 1500, requests: int = 3) -> dict[str, float]:
-    """Errors in percent of tokens/s/user (median over requests) and in ms of time to first token; CPU seconds per 1000 tokens."""
+    """Errors in percent of tokens/s/user (median over requests) and in ms of time to first token; CPU seconds per
+    1000 tokens.
+    """
     with mock_server(MockPlan(ttft_ms=20.0, tokens_per_s=tokens_per_s, tokens=tokens)) as url:
         endpoint = Endpoint(url, "mock", count_words)
         asks = [Ask(f"mock-{number}", f"prompt {number}", max_tokens=tokens) for number in range(users * requests)]
@@ -43,8 +45,9 @@ def self_test(users: int, tokens_per_s: float = 5000.0, tokens: int = 1500, requ
         raise RuntimeError(f"the self-test's own requests have findings: {bad[0]}")
     true_tps = [_true_tps(row) for row in rows]
     return {
-        "error_percent": 100 * abs(statistics.median(r["tps_user"] / t for r, t in zip(rows, true_tps)) - 1),
-        "worst_error_percent": 100 * max(abs(r["tps_user"] / t - 1) for r, t in zip(rows, true_tps)),
+        "error_percent": 100
+        * abs(statistics.median(r["tps_user"] / t for r, t in zip(rows, true_tps, strict=True)) - 1),
+        "worst_error_percent": 100 * max(abs(r["tps_user"] / t - 1) for r, t in zip(rows, true_tps, strict=True)),
         "nominal_error_percent": 100 * abs(statistics.median(row["tps_user"] for row in rows) / tokens_per_s - 1),
         "ttft_error_ms": statistics.median(
             row["ttft_ms"] - (row["mock"]["first_sent_s"] - row["sent_s"]) * 1e3 for row in rows

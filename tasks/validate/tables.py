@@ -22,7 +22,10 @@ from specs.errors import IntegrityError
 
 
 class Requests(pa.DataFrameModel):
-    """One row per request of the latency runs. Times in seconds are of one monotonic clock, valid for differences only."""
+    """One row per request of the latency runs.
+
+    Times in seconds are of one monotonic clock, valid for differences only.
+    """
 
     id: Series[str] = pa.Field(str_length={"min_value": 1})
     domain: Series[str]
@@ -100,7 +103,10 @@ class Acceptance(pa.DataFrameModel):
 
 
 def check(frame: pd.DataFrame, model: type[pa.DataFrameModel], where: str = "") -> pd.DataFrame:
-    """`frame`, checked. Raises IntegrityError with the first broken row, column, value and rule, and how many there are."""
+    """`frame`, checked.
+
+    Raises IntegrityError with the first broken row, column, value and rule, and how many there are.
+    """
     try:
         return model.validate(frame, lazy=True)
     except pa.errors.SchemaErrors as broken:
@@ -108,8 +114,11 @@ def check(frame: pd.DataFrame, model: type[pa.DataFrameModel], where: str = "") 
         first = cases.iloc[0]
         row = "" if pd.isna(first["index"]) else f" row {int(first['index'])}"
         column = first["column"] if first["schema_context"] == "Column" else "(row)"
-        what = f"table {model.__name__.lower()}:{row} column {column} value {first['failure_case']!r} breaks {first['check']}"
-        raise IntegrityError(f"{what} ({len(cases)} in all)", where, "the measurement is not usable; see the log") from broken
+        broke = f"column {column} value {first['failure_case']!r} breaks {first['check']}"
+        what = f"table {model.__name__.lower()}:{row} {broke}"
+        raise IntegrityError(
+            f"{what} ({len(cases)} in all)", where, "the measurement is not usable; see the log"
+        ) from broken
 
 
 def requests_frame(rows: Iterable[Mapping[str, Any]], where: str = "requests") -> pd.DataFrame:

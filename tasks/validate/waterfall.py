@@ -1,7 +1,8 @@
 """Where a cycle's time goes, from the engine's own counters before and after a run, and from the client's side of it.
 
-TPS/user = acceptance length / cycle time. `cycle.us` is what the engine spent per cycle; `cycle.client_us` what a cycle took
-as the user saw it; their difference, `cycle.outside_us`, is the server around the engine: HTTP, tokens to text, scheduling.
+TPS/user = acceptance length / cycle time. `cycle.us` is what the engine spent per cycle; `cycle.client_us` what a
+cycle took as the user saw it; their difference, `cycle.outside_us`, is the server around the engine: HTTP, tokens to
+text, scheduling.
 
 It refuses to invent parts: an engine without counters gives a cycle time from the client alone.
 
@@ -33,7 +34,9 @@ def read_counters(prometheus: str) -> dict[str, float]:
     return counters
 
 
-def waterfall(before: Mapping[str, float], after: Mapping[str, float], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def waterfall(
+    before: Mapping[str, float], after: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """waterfall.json: `cycle_us`, `client_us`, `outside_us`, and `parts` [{name, us}] that add up to `cycle_us`."""
     made: dict[str, Any] = {"cycles": after.get("cycles", 0.0) - before.get("cycles", 0.0), "parts": []}
     for name, value in after.items():
@@ -58,5 +61,9 @@ def client_cycle_us(rows: Sequence[Mapping[str, Any]]) -> float | None:
 def cycle_metrics(made: Mapping[str, Any]) -> dict[str, float]:
     """`cycle.us`, `cycle.client_us`, `cycle.outside_us`, `cycle.<part>_us`."""
     metrics = {f"cycle.{part['name']}_us": part["us"] for part in made["parts"]}
-    named = {"cycle.us": made["cycle_us"] or made["client_us"], "cycle.client_us": made["client_us"], "cycle.outside_us": made["outside_us"]}
+    named = {
+        "cycle.us": made["cycle_us"] or made["client_us"],
+        "cycle.client_us": made["client_us"],
+        "cycle.outside_us": made["outside_us"],
+    }
     return {**metrics, **{name: float(value) for name, value in named.items() if value is not None}}

@@ -1,8 +1,8 @@
 """HTTP/1.1 on a raw asyncio socket, built to time token streams: read first, parse afterwards.
 
 While a reply streams in, the only work per read is: note the clock, append the bytes, look at the last four of them.
-Chunked framing, SSE and JSON are parsed after the measured run, from the bytes and the arrival times. So the client costs
-little CPU per token, and falling behind for a moment merges reads but does not move the end of the stream.
+Chunked framing, SSE and JSON are parsed after the measured run, from the bytes and the arrival times. So the client
+costs little CPU per token, and falling behind for a moment merges reads but does not move the end of the stream.
 
 It refuses to be a general HTTP client: no redirects, no compression, no proxies, no pipelining.
 
@@ -106,8 +106,8 @@ class Connection(asyncio.BufferedProtocol):
             self._read_head()
         if self.chunked:
             # The usual end needs no walk over the chunk sizes, which would delay every other stream's clock by
-            # milliseconds just when all of them end; parse_reply checks the framing later. Trailers and servers that end
-            # their events with CRLF take the walk.
+            # milliseconds just when all of them end; parse_reply checks the framing later. Trailers and servers that
+            # end their events with CRLF take the walk.
             if blob.endswith(LAST_CHUNK) or (blob.endswith(b"\r\n\r\n") and self._last_chunk_seen()):
                 self._finish("")
         elif self.head_end >= 0 and 0 <= self.body_length <= len(blob) - self.head_end:
@@ -161,7 +161,9 @@ class Connection(asyncio.BufferedProtocol):
 
     # used by the client
     async def exchange(self, request: bytes, stall_s: float, total_s: float) -> RawReply:
-        """Sends one request and waits for the whole reply, at most `total_s`, and at most `stall_s` between two reads."""
+        """Sends one request and waits for the whole reply, at most `total_s`, and at most `stall_s` between two
+        reads.
+        """
         loop = asyncio.get_running_loop()
         self._reset_framing()
         reply = self.reply = RawReply()
@@ -283,7 +285,7 @@ def sse_events(reply: HttpReply) -> list[tuple[float, bytes]]:
         return []
     times = reply.arrived_s(np.asarray([end for _, end in spans], np.int64))
     events = []
-    for (begin, end), arrived in zip(spans, times.tolist()):
+    for (begin, end), arrived in zip(spans, times.tolist(), strict=True):
         data = [line[5:].lstrip(b" ") for line in body[begin:end].splitlines() if line.startswith(b"data:")]
         if data:
             events.append((arrived, b"\n".join(data)))

@@ -15,7 +15,9 @@ def load(path: str, **_: Any) -> dict[str, Any]:
 
     from datasets import Dataset
 
-    return {"test": Dataset.from_list([json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()])}
+    return {
+        "test": Dataset.from_list([json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()])
+    }
 
 
 def target(doc: dict[str, Any]) -> str:
