@@ -245,6 +245,8 @@ def accept(record: Record, name: str) -> None:
 def release(record: Record, name: str) -> None:
     """The slot's server stops accepting from the public socket and lets its connections go with their answers."""
     slot = record.slots[name]
+    if not is_up(slot):
+        return
     with contextlib.suppress(OSError, ValueError):  # a server that is gone has released everything
         listener.ask(Path(slot["control"]), {"do": "release"})
 
