@@ -53,7 +53,7 @@ def render_metrics(scheduler: Scheduler, admission: Admission) -> str:
 def _engine_families(counters: dict[str, Any]) -> list[str]:
     """Seconds per operator group; the engine's own cycle count beside it, since a cycle serves many requests."""
     families = []
-    seconds = counters.get("seconds")
+    seconds = counters.get("seconds_by_group")
     if isinstance(seconds, dict):
         samples = [(f'{{group="{group}"}}', float(value)) for group, value in sorted(seconds.items())]
         families.append(_family("kilotok_operator_seconds_total", "counter", "Engine time by operator group.", samples))

@@ -126,7 +126,7 @@ class ToyEngine:
         return bool(self._requests)
 
     def counters(self) -> dict[str, Any]:
-        return {"cycles": self._cycles, "seconds": {"verify": self._cycles * 1e-3}, "accepted_by_position": []}
+        return {"cycles": self._cycles, "seconds_by_group": {"verify": self._cycles * 1e-3}, "accepted_by_position": []}
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
