@@ -27,9 +27,9 @@ def collect(job: Job) -> dict[str, Any]:
     files = Files(job.inputs)
     summary = files.json("validate", "summary.json") or {}
     outcome = files.json("validate", "verdict.json") or {}
-    receipts = [dict(row) for row in job.spec.get("receipts") or []]
+    receipts = [dict(row) for row in given(job, "receipts") or []]
     metrics = _metrics(summary, outcome, receipts)
-    last_good = job.spec.get("last_good") or None
+    last_good = given(job, "last_good") or None
     manifests = lineage.manifests(job.inputs)
     rules = (job.spec.get("validate") or {}).get("accuracy") or {}
     gates = _gates(files.json("validate", "gates.json") or outcome.get("gates") or summary.get("gates") or [])
@@ -39,10 +39,11 @@ def collect(job: Job) -> dict[str, Any]:
     report = {
         "kilotok_report": FORMAT,
         "spec": job.spec.get("name") or "unnamed",
-        "build": job.spec.get("build") or "",
+        "build": given(job, "build") or "",
         "created": _created(manifests),
         "verdict": verdict,
         "gates": gates,
+        "remarks": _remarks(outcome),
         "metrics": metrics,
         "headline": measures.headline(metrics, cycle),
         "pareto": _pareto(requests, metrics),
@@ -51,7 +52,7 @@ def collect(job: Job) -> dict[str, Any]:
             files.table("validate", "acceptance.parquet"), metrics, files.json("validate", "golden.json")
         ),
         "accuracy": quality.accuracy(
-            files.table("validate", "problems.parquet"), metrics, rules, _accuracy_verdicts(outcome, summary)
+            files.table("validate", "problems.parquet"), metrics, rules, _accuracy_verdicts(outcome)
         ),
         "quantization": quality.quantization(files.table("quantize", "layers.parquet")),
         "latency": measures.latency(requests),
@@ -65,6 +66,11 @@ def collect(job: Job) -> dict[str, Any]:
     }
     report["reason"] = sentence(report)
     return plain(report)
+
+
+def given(job: Job, name: str) -> Any:
+    """What the run tells about itself: receipts, last_good, build, prediction."""
+    return job.extra.get(name, job.spec.get(name))
 
 
 class Files:
@@ -103,20 +109,21 @@ class Files:
         return folder / name if folder is not None and (folder / name).is_file() else None
 
 
+# What only a measurement of the served candidate may say; the draft's own training figures have names like these.
+_MEASURED = ("latency.", "acceptance.", "accuracy.", "cycle.", "baseline.", "client.")
+
+
 def _metrics(
     summary: Mapping[str, Any], outcome: Mapping[str, Any], receipts: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
     """Every finite figure under its dotted name; validate's own word comes last and wins."""
     found: dict[str, float] = {}
-    nested = [receipt.get("metrics") for receipt in receipts] + [
-        outcome.get("metrics"),
-        summary.get("metrics"),
-        summary,
-    ]
-    for source in nested:
+    sources = [(receipt.get("stage"), receipt.get("metrics")) for receipt in receipts]
+    sources += [("validate", outcome.get("metrics")), ("validate", summary.get("metrics")), ("validate", summary)]
+    for stage, source in sources:
         for name, value in (source or {}).items():
             number = None if isinstance(value, (str, Mapping, list)) else as_number(value)
-            if number is not None:
+            if number is not None and (stage == "validate" or not str(name).startswith(_MEASURED)):
                 found[str(name)] = number
     return dict(sorted(found.items()))
 
@@ -248,11 +255,25 @@ def _lower(label: str) -> str:
     return label[:1].lower() + label[1:]
 
 
-def _accuracy_verdicts(outcome: Mapping[str, Any], summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    rows = first(outcome, "accuracy", "tasks") or first(summary, "accuracy", "tasks") or []
-    if isinstance(rows, Mapping):
-        return [{"task": task, **row} for task, row in rows.items() if isinstance(row, Mapping)]
-    return [row for row in rows if isinstance(row, Mapping)]
+def _accuracy_verdicts(outcome: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """validate's verdict by task, and over all of them."""
+    rows = outcome.get("accuracy") or {}
+    overall = outcome.get("overall")
+    judged = {**rows, **({measures.ALL: overall} if overall else {})} if isinstance(rows, Mapping) else {}
+    return [{"task": task, **row} for task, row in judged.items() if isinstance(row, Mapping)]
+
+
+def _remarks(outcome: Mapping[str, Any]) -> list[str]:
+    """Warnings, and what the client found odd about the replies of each side."""
+    remarks = [str(text) for text in outcome.get("warnings") or []]
+    for side, found in (outcome.get("findings") or {}).items():
+        if isinstance(found, Mapping):
+            remarks += [
+                f"{side}: {count(int(n), 'reply', 'replies')} with {name.replace('_', ' ')}"
+                for name, n in found.items()
+                if n
+            ]
+    return remarks
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------
@@ -285,9 +306,9 @@ def _prediction(
     job: Job, metrics: Mapping[str, float], receipts: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]] | None:
     """Predicted beside actual: figures by metric name, and seconds by stage for the stages that were built."""
-    given = job.spec.get("prediction") or {}
+    prediction = given(job, "prediction") or {}
     rows = []
-    figures: Mapping[str, Any] = given.get("metrics") or {}
+    figures: Mapping[str, Any] = prediction.get("metrics") or {}
     for name, value in figures.items():
         entry = value if isinstance(value, Mapping) else {"predicted": value}
         words = meaning(name)
@@ -303,7 +324,7 @@ def _prediction(
             }
         )
     taken = {row.get("stage"): as_number(row.get("seconds")) for row in receipts if row.get("state") == "built"}
-    for stage, value in (given.get("stages") or {}).items():
+    for stage, value in (prediction.get("stages") or {}).items():
         entry = value if isinstance(value, Mapping) else {"predicted": value}
         rows.append(
             {

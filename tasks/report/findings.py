@@ -49,7 +49,7 @@ def _speed(report: Report) -> str:
         text += f": {three(head['acceptance_length'])} tokens out of every cycle of {micros(head['cycle_us'])}"
     text += f". That is {100 * head['tps_per_user'] / RECORD_TPS_USER:.0f} % of the record for one user"
     if head["speedup"]:
-        text += f", and {three(head['speedup'])} times this engine without speculation"
+        text += f", and {three(head['speedup'])} times the source model on this machine"
     points = (report["pareto"] or {}).get("points") or []
     if len(points) > 1:
         best = max(points, key=lambda point: point["tps_server"])

@@ -32,6 +32,7 @@ def render(report: Mapping[str, Any]) -> str:
         ("Gate", "Measured", "Required", "Margin", "Verdict"),
         [_gate(gate) for gate in report["gates"]],
     )
+    lines += [f"- {clean(text)}" for text in report["remarks"]] + ([""] if report["remarks"] else [])
     moved = (report["changes"] or {}).get("metrics", [])[:8]
     changes = [
         (row["label"], figure(row["before"], row["unit"]), figure(row["after"], row["unit"]), delta_words(row))
@@ -119,7 +120,7 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def clean(text: Any) -> str:
-    """One line that cannot break a table, open a tag or start a link."""
+    """One line that cannot break a table or open a tag."""
     flat = " ".join(str(text).split())
     for char in "\\`<>|[]":
         flat = flat.replace(char, f"\\{char}" if char not in "<>" else {"<": "&lt;", ">": "&gt;"}[char])

@@ -241,10 +241,10 @@ def acceptance(
         point = {"position": int(row["position"]), "rate": rate, "low": low, "high": high, "drafted": int(drafted or 0)}
         domains.setdefault(str(row.get("domain") or ALL), []).append(point)
     if not domains:
-        points = [
+        points: list[dict[str, Any]] = [
             {"position": int(name.rsplit(".", 1)[1]), "rate": value, "low": None, "high": None, "drafted": 0}
             for name, value in metrics.items()
-            if name.startswith("acceptance.position.") and as_number(value) is not None
+            if name.startswith("acceptance.position.") and name.count(".") == 2 and as_number(value) is not None
         ]
         if not points:
             return None

@@ -93,8 +93,8 @@ def _points(
     width: float,
 ) -> None:
     if base:
-        art.dot(x(base), y(base), 5, "hollow", f"Without speculation: {three(base)} tokens/s for one user")
-        art.text(x(base) - 9, y(base) + 4, f"no speculation {three(base)}", "faint halo", "end")
+        art.dot(x(base), y(base), 5, "hollow", f"The source model on this machine: {three(base)} tokens/s for one user")
+        art.text(x(base) - 9, y(base) + 4, f"source {three(base)}", "faint halo", "end")
     places = [(x(point["tps_user"]), y(point["tps_server"])) for point in points]
     if len(places) > 1:
         art.path(places, "series s-verify")

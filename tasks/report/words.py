@@ -26,12 +26,27 @@ class Meaning:
 
 # First match wins. A backslash group becomes part of the label.
 _MEANINGS: tuple[tuple[str, Meaning], ...] = (
+    (r"latency\.parallel_(\d+)\.tps_server", Meaning(r"Speed of the server with \1 users", "tokens/s", 1)),
+    (r"latency\.parallel_(\d+)\.tps_per_user\.(\w+)", Meaning(r"Speed for one of \1 users, \2", "tokens/s", 1)),
+    (r"latency\.parallel_(\d+)\.e2e_tps\.(\w+)", Meaning(r"Speed end to end for one of \1 users, \2", "tokens/s", 1)),
+    (r"latency\.parallel_(\d+)\.ttft_ms\.(\w+)", Meaning(r"Time to first token with \1 users, \2", "ms", -1)),
+    (r"latency\.parallel_(\d+)\.itl_ms\.(\w+)", Meaning(r"Time between tokens with \1 users, \2", "ms", -1)),
+    (r"latency\.failed_requests", Meaning("Failed requests", "", -1)),
+    (r"latency\.usage_error_percent", Meaning("Error of the server's token counts", "percent", -1)),
+    (r"baseline\.ttft_ms\.(\w+)", Meaning(r"Time to first token of the source, \1", "ms", -1)),
+    (r"baseline\.itl_ms\.(\w+)", Meaning(r"Time between tokens of the source, \1", "ms", -1)),
+    (r"baseline\.e2e_tps\.(\w+)", Meaning(r"Speed end to end of the source, \1", "tokens/s", 1)),
+    (r"quantize\.sqnr_db\.min", Meaning("Signal to noise of the noisiest tensor", "dB", 1)),
+    (r"quantize\.sqnr_db\.weights_mean", Meaning("Signal to noise of the weights, mean", "dB", 1)),
+    (r"quantize\.saturation_share\.max", Meaning("Largest share of saturated values", "%", -1)),
+    (r"train_draft\.loss", Meaning("Training loss of the draft", "", -1)),
     (r"latency\.tps_per_user\.(\w+)", Meaning(r"Speed for one user, \1", "tokens/s", 1)),
+    (r"latency\.tps_per_user\.(.+)\.(\w+)", Meaning(r"Speed for one user in \1, \2", "tokens/s", 1)),
     (r"latency\.e2e_tps\.(\w+)", Meaning(r"Speed end to end, \1", "tokens/s", 1)),
     (r"latency\.tps_per_server(?:\.(\w+))?", Meaning(r"Speed of the whole server", "tokens/s", 1)),
     (r"latency\.ttft_ms\.(\w+)", Meaning(r"Time to first token, \1", "ms", -1)),
     (r"latency\.itl_ms\.(\w+)", Meaning(r"Time between tokens, \1", "ms", -1)),
-    (r"baseline\.tps_per_user\.(\w+)", Meaning(r"Speed without speculation, \1", "tokens/s", 1)),
+    (r"baseline\.tps_per_user\.(\w+)", Meaning(r"Speed of the source, \1", "tokens/s", 1)),
     (r"speedup", Meaning("Gain from speculation", "x", 1)),
     (r"acceptance\.length", Meaning("Tokens per cycle", "tokens", 1)),
     (r"acceptance\.length\.(.+)", Meaning(r"Tokens per cycle in \1", "tokens", 1)),
@@ -55,7 +70,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
 )
 _WORDS = {
     "p50": "median",
-    "p10": "slowest tenth",
+    "p10": "10th percentile",
     "p90": "90th percentile",
     "p95": "95th percentile",
     "p99": "99th percentile",

@@ -28,15 +28,15 @@ DOMAINS = {
 }
 CYCLE_US = {
     "draft": 1180.0,
-    "verify.qkv": 620.0,
-    "verify.attention": 930.0,
-    "verify.o": 410.0,
-    "verify.dense_mlp": 1240.0,
-    "verify.router": 70.0,
-    "verify.shared_expert": 690.0,
-    "verify.routed_experts": 1510.0,
-    "verify.norms": 210.0,
-    "verify.lm_head": 480.0,
+    "qkv": 620.0,
+    "attention": 930.0,
+    "o": 410.0,
+    "dense_mlp": 1240.0,
+    "router": 70.0,
+    "shared_expert": 690.0,
+    "routed_experts": 1510.0,
+    "norms": 210.0,
+    "lm_head": 480.0,
     "sampling": 260.0,
     "host": 420.0,
 }
@@ -62,9 +62,6 @@ def make_job(
     receipts = _receipts(metrics)
     spec = {
         "name": name,
-        "build": BUILD,
-        "receipts": receipts,
-        "last_good": _last_good(name, metrics, receipts) if last_good else None,
         "engine": {
             "backend": "native",
             "tensor_parallel": 1,
@@ -74,19 +71,21 @@ def make_job(
         "draft": {"method": "eagle3"},
         "validate": {
             "accuracy": {"margin": 0.03, "alpha": 0.05, "power": 0.8},
-            "latency": {"profile": "one_in_flight"},
-        },
-        "prediction": {
-            "metrics": {
-                "latency.tps_per_user.p50": {"predicted": 340, "low": 270, "high": 420},
-                "cycle.us": {"predicted": 7600, "low": 6200, "high": 9400},
-            },
-            "stages": {"train_draft": 130, "validate": 60},
+            "latency": {"profile": "artificial_analysis_1k"},
         },
     }
+    prediction = {
+        "metrics": {
+            "latency.tps_per_user.p50": {"predicted": 340, "low": 270, "high": 420},
+            "cycle.us": {"predicted": 7600, "low": 6200, "high": 9400},
+        },
+        "stages": {"train_draft": 130, "validate": 60},
+    }
+    last = _last_good(name, metrics, receipts) if last_good else None
+    extra = {"build": BUILD, "receipts": receipts, "last_good": last, "prediction": prediction}
     out = root / "report"
     out.mkdir(exist_ok=True)
-    return Job("report", spec, root, folder, out)
+    return Job("report", spec, root, folder, out, extra=extra)
 
 
 def _lengths() -> dict[str, float]:
@@ -219,7 +218,7 @@ def _validate(folder: Path, rng: random.Random, metrics: dict[str, float]) -> No
             ]
         judged[task] = _judge(task, answers, metrics)
     everything = [(row[6], other[6]) for row, other in zip(problems[::2], problems[1::2], strict=True)]
-    judged["all"] = _judge("", everything, metrics)
+    overall = _judge("", everything, metrics)
     _table(folder / "problems.parquet", ("task", "id", "side", "sample", "answer", "target", "correct"), problems)
     accepted = []
     for domain, rates in {**DOMAINS, "all": tuple(metrics[f"acceptance.position.{at}"] for at in (1, 2, 3))}.items():
@@ -233,7 +232,10 @@ def _validate(folder: Path, rng: random.Random, metrics: dict[str, float]) -> No
     gates = _gates(metrics)
     _json(folder / "gates.json", gates)
     _json(folder / "summary.json", {**metrics, "verdict": "PASS"})
-    _json(folder / "verdict.json", {"verdict": "PASS", "gates": gates, "accuracy": judged})
+    _json(
+        folder / "verdict.json",
+        {"verdict": "PASS", "gates": gates, "accuracy": judged, "overall": overall, "warnings": [], "findings": {}},
+    )
 
 
 def _judge(task: str, answers: list[Any], metrics: dict[str, float]) -> dict[str, Any]:
@@ -266,12 +268,12 @@ def _gates(metrics: dict[str, float]) -> list[dict[str, Any]]:
     return [
         {
             "metric": name,
-            "direction": way,
-            "value": metrics[name],
-            "bound": bound,
+            "op": way,
+            "measured": metrics[name],
+            "required": bound,
             "asked": words,
             "unit": "",
-            "state": "PASS",
+            "verdict": "PASS",
             "reason": "holds",
         }
         for name, way, bound, words in asked
