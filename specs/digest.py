@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PROJECT_PACKAGES = ("specs", "engine_plugins", "tasks", "flows")
-NATIVE_SUFFIXES = (".cpp", ".h", ".hpp", ".cu", ".cuh")
+# What an engine reads or compiles beside its Python: sources, and contracts kept as data.
+NATIVE_SUFFIXES = (".cpp", ".h", ".hpp", ".cu", ".cuh", ".yaml")
 _CHUNK_BYTES = 8 << 20
 
 
@@ -44,8 +45,8 @@ def file_sha256(path: Path) -> str:
 def module_closure_digest(module: str, root: Path | None = None) -> str:
     """Hex sha256 over the meaning of a module and of all project modules it imports, directly or not.
 
-    Below engine_plugins the C++ and CUDA sources beside an imported module count as well, byte by byte:
-    they are compiled when the module runs.
+    Below engine_plugins the C++, CUDA and YAML files beside an imported module count as well, byte by byte:
+    they are compiled or read when the module runs.
     """
     return json_sha256(module_parts(module, root))
 
@@ -53,8 +54,9 @@ def module_closure_digest(module: str, root: Path | None = None) -> str:
 def module_parts(module: str, root: Path | None = None) -> dict[str, str]:
     """File below the root -> digest of its meaning, for the closure: so that a miss can name the file that changed."""
     base = root or Path(__file__).resolve().parent.parent
-    parts = {path.relative_to(base).as_posix(): _source(path).digest for path in module_closure(module, base).values()}
-    return parts | {path.relative_to(base).as_posix(): _bytes_digest(path) for path in _native_sources(module, base)}
+    closure = module_closure(module, base)
+    parts = {path.relative_to(base).as_posix(): _source(path).digest for path in closure.values()}
+    return parts | {path.relative_to(base).as_posix(): _bytes_digest(path) for path in _native_sources(closure)}
 
 
 def module_closure(module: str, root: Path | None = None) -> dict[str, Path]:
@@ -94,11 +96,10 @@ class _Source:
 
 
 def _named_module(text: str) -> list[tuple[int, str, tuple[str, ...]]]:
-    """A module named in a string ("engine_plugins.native.server", "tasks.quantize:build") is run by that name."""
-    dotted = text.partition(":")[0]
-    head = dotted.split(".", 1)[0]
-    named = head in PROJECT_PACKAGES and "." in dotted and all(part.isidentifier() for part in dotted.split("."))
-    return [(0, dotted, ())] if named else []
+    """A program is started by its dotted name in a string. "module:function" is a registry entry, which runs nothing."""
+    head = text.split(".", 1)[0]
+    named = head in PROJECT_PACKAGES and "." in text and all(part.isidentifier() for part in text.split("."))
+    return [(0, text, ())] if named else []
 
 
 def _drop_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> None:
@@ -133,13 +134,13 @@ def _find(name: str, root: Path) -> Path | None:
     return package if package.is_file() else None
 
 
-def _native_sources(module: str, root: Path) -> list[Path]:
-    folders = {path.parent for name, path in module_closure(module, root).items() if name.startswith("engine_plugins.")}
+def _native_sources(closure: dict[str, Path]) -> list[Path]:
+    folders = {path.parent for name, path in closure.items() if name.startswith("engine_plugins.")}
     return sorted({path for folder in folders for path in _native_below(folder)})
 
 
 def _native_below(folder: Path) -> list[Path]:
-    """C++ and CUDA files of a folder and of its plain subfolders; a subfolder that is a package counts for itself."""
+    """Native files of a folder and of its plain subfolders; a subfolder that is a package counts for itself."""
     found: list[Path] = []
     for path in folder.iterdir():
         if path.suffix in NATIVE_SUFFIXES:

@@ -37,6 +37,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
     except ValidationError as error:
         raise _explain(error, marked) from None
     spec._path = file
+    spec._marks = {".".join(map(str, path)): str(mark) for path, mark in marked.marks.items() if path}
     return spec
 
 

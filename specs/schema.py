@@ -203,6 +203,7 @@ class Spec(Section):
     nightly: Nightly | None = Field(None, description="The scheduled rebuild; null schedules nothing.")
 
     _path: Path = PrivateAttr(default=Path("spec.yaml"))
+    _marks: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -214,6 +215,13 @@ class Spec(Section):
         """What `file:` paths are relative to: the nearest folder above with a pyproject.toml, else the spec's own."""
         folder = self._path.resolve().parent
         return next((above for above in (folder, *folder.parents) if (above / "pyproject.toml").is_file()), folder)
+
+    def where(self, dotted: str) -> str:
+        """ "FILE:LINE:COLUMN dotted.key" of a key of this spec, or of the nearest one above that was written down."""
+        key = dotted
+        while key and key not in self._marks:
+            key = key.rpartition(".")[0]
+        return f"{self._marks[key]} {dotted}" if key else dotted
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able dict with the YAML's key names and every default filled in."""

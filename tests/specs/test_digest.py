@@ -70,10 +70,11 @@ def test_program_named_in_a_string_counts(tree: Path) -> None:
 
 
 def test_real_tree_is_fast() -> None:
-    module_closure_digest("specs.load", ROOT)
-    start = time.perf_counter()
-    module_closure_digest("specs.load", ROOT)
-    assert time.perf_counter() - start < 0.05
+    """The whole native engine, once parsed; processor time, because other work may share the machine."""
+    module_closure_digest("tasks.build_engine", ROOT)
+    start = time.process_time()
+    module_closure_digest("tasks.build_engine", ROOT)
+    assert time.process_time() - start < 0.05
 
 
 def test_json_has_one_spelling() -> None:
