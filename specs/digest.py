@@ -96,7 +96,7 @@ class _Source:
 
 
 def _named_module(text: str) -> list[tuple[int, str, tuple[str, ...]]]:
-    """A program is started by its dotted name in a string. "module:function" is a registry entry, which runs nothing."""
+    """A program is started by its dotted name in a string; "module:function" is a registry entry and starts nothing."""
     head = text.split(".", 1)[0]
     named = head in PROJECT_PACKAGES and "." in text and all(part.isidentifier() for part in text.split("."))
     return [(0, text, ())] if named else []
