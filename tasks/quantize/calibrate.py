@@ -124,6 +124,21 @@ def share_scales(model: Any, groups: list[tuple[str, ...]]) -> None:
                 quantizer.amax = shared.clone().to(quantizer.amax.dtype).reshape(quantizer.amax.shape)
 
 
+@torch.no_grad()
+def snap_weights(model: Any) -> None:
+    """Replace each per-tensor FP8 weight by the value its quantizer gives it, so that the export cannot round it otherwise.
+
+    modelopt multiplies in calibration and divides in export. Where amax makes BF16 weights fall on rounding ties, up to 1% of
+    a tensor's elements would come out one step apart.
+    """
+    for name, quantizer in quantizers(model).items():
+        module, attribute = name.rsplit(".", 1)
+        if not attribute.endswith("weight_quantizer") or quantizer.num_bits != (4, 3) or quantizer.amax.numel() != 1:
+            continue
+        weight = getattr(model.get_submodule(module), attribute.removesuffix("_quantizer").removesuffix("_weight"))
+        weight.copy_(quantizer(weight))
+
+
 class NoiseMeter:
     """Signal, noise and clipping at every enabled quantizer while it is open."""
 

@@ -94,6 +94,32 @@ def _no_init() -> Iterator[None]:
         yield
 
 
+def decoder_layers(model: Any) -> dict[str, Any]:
+    """The text decoder's layers by module name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("DecoderLayer")}
+
+
+@torch.no_grad()
+def trace(model: Any, token_ids: list[int], inputs: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """Each decoder layer's output and the logits, for one sequence; with `inputs`, each layer is fed that instead."""
+    outputs: list[torch.Tensor] = []
+    handles = []
+    for i, layer in enumerate(decoder_layers(model).values()):
+        if inputs is not None and i > 0:
+            handles.append(layer.register_forward_pre_hook(lambda module, args, x=inputs[i - 1]: (x, *args[1:])))
+        handles.append(layer.register_forward_hook(lambda module, args, out: outputs.append(_first(out).clone())))
+    try:
+        logits = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*outputs, logits]
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """|ours - theirs| / |theirs|, both flattened."""
     return float((ours.float() - theirs.float()).norm() / theirs.float().norm().clamp_min(1e-30))

@@ -46,15 +46,16 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
 
     progress.note("measure")
     meter = calibrate.NoiseMeter(model)
-    logits = run(model, held_back)
+    traces = [reload.trace(model, ids) for ids in held_back]
     rows = meter.close()
     detectors.check_scales(rows)
     detectors.check_saturation(rows)
     detectors.check_quantizers([row.name for row in rows], wanted)
 
     progress.note("export")
+    calibrate.snap_weights(model)
     export.export(model, source, job.out, wanted.weights)
-    difference = witness(job.out, wanted, groups, held_back, logits)
+    difference = witness(job.out, wanted, groups, held_back, traces)
     frame = table.write_layers(rows, job.out / "layers.parquet")
     weights = frame[frame.kind == "weight"]
     return {
@@ -69,24 +70,29 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
 
 
 def witness(
-    out: Path, wanted: coverage.Coverage, groups: list[tuple[str, ...]], sequences: list[list[int]], logits: list[torch.Tensor]
+    out: Path,
+    wanted: coverage.Coverage,
+    groups: list[tuple[str, ...]],
+    sequences: list[list[int]],
+    traces: list[list[torch.Tensor]],
 ) -> float:
-    """Every check on the files themselves; returns the relative difference of the reloaded logits."""
+    """Every check on the files themselves; returns the median relative difference of the reloaded logits."""
     quantized, scales, names = export.exported_tables(out)
     detectors.check_excluded(quantized, wanted)
     detectors.check_kv_scales(names, wanted)
     detectors.check_input_scales(names, wanted)
     detectors.check_shared_scales(scales, groups)
     detectors.check_finite(calibrate.non_finite_tensors(out), "export")
-    again = run(reload.reload(out), sequences)
-    differences = [reload.relative_difference(ours, theirs) for ours, theirs in zip(again, logits, strict=True)]
-    return detectors.check_reload(differences, out.name)
-
-
-@torch.no_grad()
-def run(model: Any, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Logits [T, V] of each sequence, one at a time: no padding, no batch effects."""
-    return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences]
+    again = reload.reload(out)
+    layers: dict[str, list[float]] = {name: [] for name in reload.decoder_layers(again)}
+    logits = []
+    for ids, theirs in zip(sequences, traces, strict=True):
+        forced = reload.trace(again, ids, theirs)
+        for differences, one, other in zip(layers.values(), forced, theirs, strict=False):
+            differences.append(reload.relative_difference(one, other))
+        logits.append(reload.relative_difference(reload.trace(again, ids)[-1], theirs[-1]))
+    detectors.check_reload(layers, logits, out.name)
+    return sorted(logits)[len(logits) // 2]
 
 
 def calibration_prompts(spec: dict[str, Any], root: Path) -> list[Prompt]:

@@ -1,0 +1,190 @@
+"""The quantized target answers the training prompts, through its chat template: what the draft head will learn to guess.
+
+Answers go to shard files as they are finished, so a kill -9 costs one shard; token ids are recorded, so nothing is ever
+tokenised twice. Refuses to write answers itself, and to hand on a set of which too much is empty or cut off.
+Run it: `kilotok run SPEC` (stage synthesize), or `python -m tasks.child JOB.json` by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specs.errors import InputError, IntegrityError
+from tasks.job import Job, Progress
+from tasks.prompts import Prompt, balanced, read_prompts, resolve, template_sha256
+
+SHARD = 128  # prompts: a few seconds of work on the slowest machine we have
+BATCH = 16
+BAD_SHARE = 0.05  # more empty or truncated answers than this and the head would learn to stop, or never to
+RULES = {"empty": "answers are empty", "truncated": "answers are cut off at max_new_tokens"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the target said to one prompt; the end-of-turn token is part of the ids, not of the text."""
+
+    text: str
+    prompt_token_ids: list[int]
+    answer_token_ids: list[int]
+    finish_reason: str
+
+
+Answerer = Callable[[list[Prompt]], Iterable[tuple[int, Answer]]]  # (index, answer), in any order
+
+
+def build(job: Job, progress: Progress) -> dict[str, float]:
+    """answers.jsonl and summary.json in `job.out`; returns `synthesize.*` metrics."""
+    spec, checkpoint = job.spec["draft"]["data"], job.inputs["quantize"]
+    path = resolve(spec["prompts"], job.root)
+    prompts = balanced(read_prompts(path), int(spec["samples"]), path)
+    backend = job.spec.get("engine", {}).get("backend", "native")
+    if backend != "native":
+        raise InputError(
+            f"answers are written by the native engine, not by {backend}",
+            "engine.backend",
+            "set draft.data.prompts to a file whose answers the served target wrote, or synthesize with the native engine",
+        )
+    template = template_sha256(checkpoint)
+    shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
+    folder = job.scratch / "answers"
+    folder.mkdir(exist_ok=True)
+    pending = [i for i in range(len(shards)) if not shard_path(folder, i).exists()]
+    if pending:
+        with_engine(checkpoint, job.scratch, int(spec["max_new_tokens"]), folder, shards, pending, progress)
+    rows = [row for i in range(len(shards)) for row in read_shard(shard_path(folder, i), shards[i])]
+    summary = summarise(rows, template)
+    check_answers(summary, str(path))
+    write_atomic(job.out / "answers.jsonl", (json.dumps(row, ensure_ascii=False) for row in rows))
+    write_atomic(job.out / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
+    metrics = {f"synthesize.mean_tokens.{d}": v["mean_answer_tokens"] for d, v in summary["domains"].items()}
+    metrics["synthesize.answers"] = float(len(rows))
+    metrics["synthesize.answer_tokens"] = float(sum(len(row["answer_token_ids"]) for row in rows))
+    metrics["synthesize.bad_share"] = max(summary["share"].values())
+    return metrics
+
+
+def with_engine(
+    checkpoint: Path, scratch: Path, max_new_tokens: int, folder: Path, shards: list[list[Prompt]], pending: list[int],
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Build a bundle without a draft, answer the pending shards with it, and close it."""
+    from engine_plugins.native.bundle import build_bundle
+    from engine_plugins.native.engine import Engine
+    from engine_plugins.native.tokenizer import ChatTokenizer
+
+    progress.note("build engine")
+    tokenizer = ChatTokenizer(checkpoint)
+    longest = max(len(encode(tokenizer, prompt)) for shard in shards for prompt in shard)
+    bundle = scratch / "bundle"
+    build_bundle(checkpoint, bundle, max_seq_len=longest + max_new_tokens + 1, max_batch_size=BATCH)
+    if template_sha256(bundle) != template_sha256(checkpoint):
+        raise IntegrityError("the bundle is served with another chat template", "chat_template.jinja", "rebuild it")
+    engine = Engine(bundle, speculate=False)
+    try:
+        answer_shards(engine_answerer(engine, max_new_tokens), folder, shards, pending, progress)
+    finally:
+        engine.close()
+
+
+def answer_shards(
+    answer: Answerer, folder: Path, shards: list[list[Prompt]], pending: list[int], progress: Progress
+) -> None:
+    """Write each pending shard in one rename, so that a shard file that exists is whole."""
+    total = sum(map(len, shards))
+    done = total - sum(len(shards[i]) for i in pending)
+    for i in pending:
+        rows: dict[int, dict[str, Any]] = {}
+        for index, said in answer(shards[i]):
+            rows[index] = record(shards[i][index], said)
+            done += 1
+            progress(done, total, f"{len(said.answer_token_ids)} tokens")
+        write_atomic(shard_path(folder, i), (json.dumps(rows[k], ensure_ascii=False) for k in sorted(rows)))
+
+
+def engine_answerer(engine: Any, max_new_tokens: int) -> Answerer:
+    """Greedy answers by the native engine, as a continuous batch."""
+    from engine_plugins.native.engine import SamplingParams
+
+    params = SamplingParams(max_tokens=max_new_tokens)
+
+    def answer(prompts: list[Prompt]) -> Iterator[tuple[int, Answer]]:
+        ids = [encode(engine, prompt) for prompt in prompts]
+        requests = {request.id: (i, request) for i, request in enumerate(engine.submit(p, params) for p in ids)}
+        while requests:
+            for event in engine.step():
+                if event.finish_reason is not None:
+                    i, request = requests.pop(event.request_id)
+                    yield i, Answer(request.text, ids[i], list(request.output_ids), event.finish_reason)
+
+    return answer
+
+
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """One user turn through the served chat template."""
+    return [int(t) for t in tokenizer.encode_chat([{"role": "user", "content": prompt.prompt}])]
+
+
+def record(prompt: Prompt, said: Answer) -> dict[str, Any]:
+    """One line of answers.jsonl."""
+    return {
+        "id": prompt.id,
+        "domain": prompt.domain,
+        "prompt": prompt.prompt,
+        "answer": said.text,
+        "prompt_token_ids": said.prompt_token_ids,
+        "answer_token_ids": said.answer_token_ids,
+        "finish_reason": said.finish_reason,
+    }
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.jsonl"
+
+
+def read_shard(path: Path, prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """A finished shard; one that answers other prompts than asked is refused."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if [row["id"] for row in rows] != [prompt.id for prompt in prompts]:
+        raise IntegrityError("the shard answers other prompts than the spec asks for", str(path), "delete the shard")
+    return rows
+
+
+def summarise(rows: list[dict[str, Any]], template: str) -> dict[str, Any]:
+    """summary.json: counts and lengths per domain, shares of bad answers, the template's digest."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for row in rows:
+        lengths[row["domain"]].append(len(row["answer_token_ids"]))
+    empty = sum(not row["answer"].strip() for row in rows)
+    truncated = sum(row["finish_reason"] == "length" for row in rows)
+    return {
+        "chat_template_sha256": template,
+        "answers": len(rows),
+        "share": {"empty": empty / len(rows), "truncated": truncated / len(rows)},
+        "domains": {
+            domain: {"answers": len(n), "mean_answer_tokens": sum(n) / len(n)} for domain, n in sorted(lengths.items())
+        },
+    }
+
+
+def check_answers(summary: dict[str, Any], where: str, limit: float = BAD_SHARE) -> None:
+    """Too many empty or truncated answers spoil a head without lowering its loss."""
+    for kind, share in summary["share"].items():
+        if share > limit:
+            raise IntegrityError(
+                f"{share:.1%} of the {RULES[kind]}, the limit is {limit:.0%}",
+                where,
+                "raise draft.data.max_new_tokens" if kind == "truncated" else "look at the prompts and the chat template",
+            )
+
+
+def write_atomic(path: Path, lines: Iterable[str]) -> None:
+    """All lines or no file."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
