@@ -7,8 +7,11 @@ Run it: `kilotok run SPEC` (stage `report`); `python -m tasks.report REPORT_JSON
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
+from specs.errors import InputError
 from tasks.job import Job, Progress
 
 
@@ -31,11 +34,24 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     return {"report.bytes": float(len(html.encode()))}
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The page that sets two builds side by side; both are contents of report.json."""
-    from tasks.report.compare import render
+def compare(before: dict[str, Any], after: dict[str, Any], out: Path) -> Path:
+    """Write the page of two builds into the folder `out`; both are build records (or report records). Returns its path.
 
-    return render(before, after)
+    Raises InputError for a build without a report, and for a folder that cannot be written.
+    """
+    from tasks.report.compare import read_report, render
+
+    reports = [read_report(record) for record in (before, after)]
+    names = [re.sub(r"[^\w.-]+", "-", str(report["build"] or "build")) for report in reports]
+    page = out / f"compare-{names[0]}-{names[1]}.html"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        page.write_text(render(*reports), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot write the page: {error.strerror}", str(page), "use a folder that can be written"
+        ) from error
+    return page
 
 
 def history(records: list[dict[str, Any]]) -> str:

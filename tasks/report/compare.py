@@ -6,12 +6,16 @@ Run it: `kilotok report --compare A B` or `python -m tasks.report --compare BEFO
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from specs.errors import InputError
 from tasks.report import lineage, plots, words
+from tasks.report.collect import FORMAT
 from tasks.report.findings import split_words
 from tasks.report.page import environment
 
@@ -24,6 +28,25 @@ SECTIONS = (
     ("accuracy", "Accuracy"),
     ("inputs", "Inputs"),
 )
+
+
+def read_report(record: Report) -> Report:
+    """The report.json of a build record; a report record is returned as it is. Raises InputError when there is none."""
+    if "kilotok_report" in record:
+        return record
+    name = str(record.get("build") or "the build")
+    if not record.get("report"):
+        raise InputError(f"build {name} has no report", str(record.get("spec") or ""), "compare builds that reached it")
+    path = Path(str(record["report"])).with_name("report.json")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the report of build {name} cannot be read: {error}", str(path), "run the build again"
+        ) from error
+    if not isinstance(report, dict) or report.get("kilotok_report") != FORMAT:
+        raise InputError(f"build {name} was reported in another format", str(path), "run the build again")
+    return report
 
 
 def render(before: Report, after: Report) -> str:

@@ -179,7 +179,7 @@ def split_words(split: Mapping[str, float]) -> str:
     shares = [
         f"{signed(100 * (split[key] - 1), 1)} % from {name}"
         for key, name in names.items()
-        if abs(split[key] - 1) >= 0.002
+        if abs(split[key] - 1) >= 0.003
     ]
     return f"The speed for one user {'rose' if gain > 0 else 'fell'} by {abs(gain):.1f} %: {listed(shares)}."
 

@@ -7,7 +7,7 @@ Run it: `python -m tasks.report REPORT_JSON OUT` draws a record again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -29,79 +29,43 @@ _FIGURES = (
 def render(report: Mapping[str, Any]) -> str:
     """The whole card."""
     said = findings(report)
-    word = verdict_words(report["verdict"])[0]
-    origin = (report["settings"] or {}).get("model_source") or _spec_value(report, "model", "source")
-    lines = [
-        "---",
-        yaml.safe_dump(_front_matter(report, origin), sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
-        f"# {clean(report['spec'])}",
-        "",
+    origin = _source(report)
+    front = yaml.safe_dump(_front_matter(report, origin), sort_keys=False, allow_unicode=True)
+    lines = ["---", front.rstrip(), "---", "", f"# {clean(report['spec'])}", "", *_opening(report, origin)]
+    figures = [(meaning(name), report["metrics"].get(name)) for name in _FIGURES]
+    lines += _section(
+        "Measured", said["speed"], ("Figure", "Value"), [(m.label, figure(v, m.unit)) for m, v in figures]
+    )
+    rows = [
+        (t["task"], figure(t.get("source"), "%"), figure(t.get("served"), "%"), figure(t.get("difference"), "points"))
+        for t in (report["accuracy"] or {}).get("tasks", [])
     ]
-    if report["verdict"] != "PASS":
-        lines += [f"> **Not for release.** Verdict: {word}. {clean(report['reason'])}", ""]
-    source = f" of {clean(origin.removeprefix('hf://'))}" if origin else ""
-    backend = clean(report["settings"].get("backend", "unknown"))
-    lines += [
-        f"FP8 checkpoint{source} with an EAGLE-3 draft, built and measured by kilotok for the `{backend}` engine.",
-        "",
-        f"Verdict of build {clean(report['build'] or 'unnumbered')}: **{word}**. {clean(report['reason'])}",
-        "",
-        "## Measured",
-        "",
-        table_row(("Figure", "Value")),
-        "| --- | --- |",
-    ]
-    lines += [
-        table_row((meaning(name).label, figure(report["metrics"].get(name), meaning(name).unit))) for name in _FIGURES
-    ]
-    lines += ["", clean(said["speed"]), "", "## Accuracy", "", clean(said["accuracy"]), ""]
-    tasks = (report["accuracy"] or {}).get("tasks", [])
-    if tasks:
-        lines += [table_row(("Task", "Source", "Served", "Difference")), "| --- | --- | --- | --- |"]
-        lines += [
-            table_row(
-                (
-                    t["task"],
-                    figure(t.get("source"), "%"),
-                    figure(t.get("served"), "%"),
-                    figure(t.get("difference"), "points"),
-                )
-            )
-            for t in tasks
-        ]
-        lines += [""]
-    lines += [
-        "## Speculation",
-        "",
-        clean(said["acceptance"]),
-        "",
-        "## Quantization",
-        "",
-        clean(said["quantization"]),
-        "",
-    ]
-    lines += ["## How it was built", "", clean(said["provenance"]), ""]
-    machine = (report["provenance"] or {}).get("machine", {})
-    lines += [
-        f"- {clean(name.replace('_', ' '))}: {clean(value)}"
-        for name, value in machine.items()
+    lines += _section("Accuracy", said["accuracy"], ("Task", "Source", "Served", "Difference"), rows)
+    lines += _section("Speculation", said["acceptance"]) + _section("Quantization", said["quantization"])
+    digests = [(row["stage"], f"sha256:{row['digest']}" if row["digest"] else "none") for row in report["stages"]]
+    machine = [
+        (name.replace("_", " "), value)
+        for name, value in (report["provenance"] or {}).get("machine", {}).items()
         if value not in ("", "none") and name != "host"
     ]
-    lines += ["", table_row(("Stage", "Artifact digest")), "| --- | --- |"]
-    lines += [
-        table_row((row["stage"], f"sha256:{row['digest']}" if row["digest"] else "none")) for row in report["stages"]
-    ]
-    lines += [
-        "",
-        "## Limits",
-        "",
-        "The figures hold for the machine, prompts and settings above.",
-        "Speculation changes speed, not answers: greedy output is the same without it.",
-        "",
-    ]
+    lines += _section("How it was built", said["provenance"], ("Stage or machine", "Is"), [*digests, *machine])
+    lines += _section("Limits", "The figures hold for the machine, prompts and settings above, and for no others.")
     return "\n".join(lines)
+
+
+def _opening(report: Mapping[str, Any], origin: str) -> list[str]:
+    word = verdict_words(report["verdict"])[0]
+    warning = [f"> **Not for release.** Verdict: {word}. {clean(report['reason'])}", ""]
+    source = f" of {clean(origin.removeprefix('hf://'))}" if origin else ""
+    backend = clean(report["settings"].get("backend", "unknown"))
+    what = f"FP8 checkpoint{source} with an EAGLE-3 draft, built and measured by kilotok for the `{backend}` engine."
+    verdict = f"Verdict of build {clean(report['build'] or 'unnumbered')}: **{word}**. {clean(report['reason'])}"
+    return [*(warning if report["verdict"] != "PASS" else []), what, "", verdict, ""]
+
+
+def _section(title: str, said: str, header: Sequence[str] = (), rows: Sequence[Sequence[str]] = ()) -> list[str]:
+    table = [table_row(header), "|" + " --- |" * len(header), *(table_row(row) for row in rows), ""] if rows else []
+    return [f"## {title}", "", clean(said), "", *table]
 
 
 def _front_matter(report: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -124,6 +88,6 @@ def _front_matter(report: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return json.loads(json.dumps(front))
 
 
-def _spec_value(report: Mapping[str, Any], section: str, name: str) -> str:
+def _source(report: Mapping[str, Any]) -> str:
     spec = (report["provenance"] or {}).get("spec") or {}
-    return str((spec.get(section) or {}).get(name) or "")
+    return str((spec.get("model") or {}).get("source") or "")

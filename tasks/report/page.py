@@ -6,6 +6,7 @@ Run it: `python -m tasks.report REPORT_JSON OUT` draws a page again from its rec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -54,11 +55,20 @@ def environment() -> Environment:
         plural=words.count,
         between=words.between,
         arrows=_arrows,
+        tight=_tight,
         breakable=_breakable,
         named=_named,
     )
     env.globals["style"] = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return env
+
+
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|tokens/s|tokens|ms|µs|s|pt|dB|points)\b|%)")
+
+
+def _tight(text: str) -> str:
+    """A figure and its unit stay on one line."""
+    return _UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
 def _arrows(text: str) -> str:

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.report import compare, history
+from specs.errors import InputError
+from tasks import report as pages
+from tasks.report import history
 from tasks.report.collect import collect
 from tasks.report.compare import inputs
+from tasks.report.compare import render as compare
 from tasks.report.model_card import render as model_card
 from tests.tasks.report_data import make_job
 
@@ -37,7 +40,9 @@ def test_a_build_compared_with_itself_shows_no_difference(report: dict[str, Any]
 
 
 def test_the_cause_of_a_faster_build_is_named(report: dict[str, Any]) -> None:
-    assert "rose by 11.1 %: +11.1 % from tokens per cycle." in compare(older(report), report)
+    assert "rose by 11.1 %: +11.1 % from tokens per cycle." in compare(older(report), report).replace(
+        "\N{NO-BREAK SPACE}", " "
+    )
 
 
 def test_a_package_that_changed_is_listed_with_both_versions(report: dict[str, Any]) -> None:
@@ -93,3 +98,20 @@ def test_the_card_names_the_source_on_the_hub(report: dict[str, Any]) -> None:
 def test_a_hostile_name_cannot_add_front_matter(report: dict[str, Any]) -> None:
     card = model_card({**report, "spec": "x\n---\nlicense: mit\n"})
     assert "license" not in front_matter(card)
+
+
+def test_builds_are_compared_by_their_records(report: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    record = {"build": "b1", "report": str(tmp_path / "index.html")}
+    page = pages.compare(record, record, tmp_path / "new" / "folder")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_build_without_a_report_is_named(report: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="build b7 has no report"):
+        pages.compare({"build": "b7", "report": None}, report, tmp_path)
+
+
+def test_a_build_id_cannot_choose_where_the_page_goes(report: dict[str, Any], tmp_path: Path) -> None:
+    page = pages.compare({**report, "build": "../../x"}, report, tmp_path)
+    assert page.parent == tmp_path
