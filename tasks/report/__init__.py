@@ -39,7 +39,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], out: Path) -> Path:
 
     Raises InputError for a build without a report, and for a folder that cannot be written.
     """
-    from tasks.report.compare import read_report, render
+    from tasks.report.comparison import read_report, render
 
     reports = [read_report(record) for record in (before, after)]
     names = [re.sub(r"[^\w.-]+", "-", str(report["build"] or "build")) for report in reports]
@@ -56,7 +56,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], out: Path) -> Path:
 
 def history(records: list[dict[str, Any]]) -> str:
     """The page of all builds of a spec; `records` are build records as `kilotok run --json` prints them."""
-    from tasks.report.history import render
+    from tasks.report.trends import render
 
     return render(records)
 

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from tasks.report import history
-from tasks.report.compare import render as compare
+from tasks.report.comparison import render as compare
 from tasks.report.markdown import render as markdown
 from tasks.report.model_card import render as model_card
 from tasks.report.page import render as page

@@ -15,8 +15,8 @@ from specs.errors import InputError
 from tasks import report as pages
 from tasks.report import history
 from tasks.report.collect import collect
-from tasks.report.compare import inputs
-from tasks.report.compare import render as compare
+from tasks.report.comparison import inputs
+from tasks.report.comparison import render as compare
 from tasks.report.model_card import render as model_card
 from tests.tasks.report_data import make_job
 
