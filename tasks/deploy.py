@@ -25,17 +25,21 @@ from tasks.deployment.slots import PROJECT, base_url
 from tasks.deployment.steps import OnStep, opened
 from tasks.job import Job, Progress
 
-NATIVE_SERVER = ("-m", "engine_plugins.native.server")
+NATIVE_SERVER = ("python", "-m", "engine_plugins.native.server")
 SIGNATURE = "bundle.json.sig"
 
 
 def build(
-    job: Job, progress: Progress, server: Sequence[str] = NATIVE_SERVER, on_step: OnStep | None = None
+    job: Job,
+    progress: Progress,
+    server: Sequence[str] = (),
+    mounts: Sequence[str] = (),
+    on_step: OnStep | None = None,
 ) -> dict[str, float]:
-    """Start the candidate; write deployment.json. `server` and `on_step` are for tests."""
-    plan = make_plan(job, server)
-    if plan["to"] != "process":
-        raise InputError(f"deploy.to: {plan['to']} is not available in this version", "deploy.to", "use process")
+    """Start the candidate; write deployment.json. `server`, `mounts` and `on_step` are for tests."""
+    plan = make_plan(job, server, mounts)
+    if plan["to"] == "kubernetes":
+        raise InputError("deploy.to: kubernetes renders manifests only", "deploy.to", "apply what `kilotok plan` shows")
     progress.note("starting the candidate")
     with opened(Path(plan["store"]), plan["name"], plan, on_step or progress.note) as deployment:
         name = deployment.start(plan)
@@ -45,7 +49,7 @@ def build(
     return {"deploy.smoke_acceptance": float(slot["smoke"]["acceptance_length"])}
 
 
-def make_plan(job: Job, server: Sequence[str] = NATIVE_SERVER) -> dict[str, Any]:
+def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that a start needs, as JSON; `{port}` and `{control}` in argv are filled in at each start."""
     deploy, engine = job.spec["deploy"], job.spec.get("engine", {})
     bundle = job.inputs["build_engine"]
@@ -74,11 +78,17 @@ def make_plan(job: Job, server: Sequence[str] = NATIVE_SERVER) -> dict[str, Any]
         "env": {},
         "cwd": str(PROJECT),
     }
+    if plan["to"] == "docker":
+        if not deploy.get("image"):
+            raise InputError("deploy.to: docker needs an image", "deploy.image", "name one by digest")
+        plan |= {"image": deploy["image"], "mounts": list(mounts), "cwd": str(PROJECT) if mounts else "/"}
     return {**plan, "digest": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()}
 
 
 def server_argv(name: str, bundle: Path, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
-    argv = [sys.executable, *server, "--bundle", str(bundle), "--served-model-name", name]
+    """The server's command line; in a container `python` is the image's, here it is ours."""
+    own = NATIVE_SERVER if deploy.get("to") == "docker" else (sys.executable, *NATIVE_SERVER[1:])
+    argv = [*(server or own), "--bundle", str(bundle), "--served-model-name", name]
     return [*argv, "--host", str(deploy.get("host", "127.0.0.1")), "--port", "{port}", "--control", "{control}"]
 
 

@@ -174,6 +174,7 @@ def create_app(state: EngineServer) -> FastAPI:
 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _bug)
     return app
 
 
@@ -187,6 +188,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{error.detail}: {request.method} {request.url.path}"
     return await _api_error(request, ApiError(error.status_code, message))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """Our own mistake: the client gets OpenAI's shape, the log gets the traceback (starlette raises it again)."""
+    return await _api_error(request, ApiError(500, f"internal error: {type(error).__name__}"))
 
 
 def own_version() -> str:

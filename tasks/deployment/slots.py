@@ -18,7 +18,7 @@ from typing import Any
 
 from specs.errors import InputError, StageFailed
 from tasks.deployment.record import Record
-from tasks.edges import listener, service
+from tasks.edges import containers, listener, service
 from tasks.edges.process import last_lines
 
 POLL_S = 0.02
@@ -30,8 +30,13 @@ SMOKE_PROMPTS = ("Write a Python function that adds two numbers.", "What is 12 +
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+def in_container(slot: dict[str, Any]) -> bool:
+    return bool(slot.get("plan", {}).get("to") == "docker")
+
+
 def is_up(slot: dict[str, Any]) -> bool:
-    return service.is_same(slot.get("process"))
+    process = slot.get("process")
+    return containers.is_running(process) if process and in_container(slot) else service.is_same(process)
 
 
 def base_url(slot: dict[str, Any]) -> str:
@@ -57,20 +62,34 @@ def claim(record: Record, name: str, plan: dict[str, Any]) -> None:
     }
 
 
+def find(slot: dict[str, Any]) -> dict[str, Any] | None:
+    """The slot's server by its marker, when its identity was not written down."""
+    if in_container(slot):
+        return containers.find(container_name(slot))
+    found = service.find_marked(slot["control"]) if slot.get("control") else None
+    return found.to_dict() if found else None
+
+
+def container_name(slot: dict[str, Any]) -> str:
+    return f"kilotok-{slot['plan']['name']}-{Path(slot['control']).stem}"
+
+
 def spawn(slot: dict[str, Any]) -> dict[str, Any]:
     """Start the slot's server, or find the one that was started before we could write it down."""
-    found = service.find_marked(slot["control"])
-    if found is None:
-        plan = slot["plan"]
-        values = {"{port}": str(slot["port"]), "{control}": slot["control"]}
-        argv = [values.get(part, part) for part in plan["argv"]]
-        try:
-            found = service.start(argv, Path(slot["log"]), cwd=Path(plan["cwd"]), env=plan["env"])
-        except OSError as error:
-            raise StageFailed(
-                f"cannot start {argv[0]}: {error.strerror}", plan["name"], "check deploy in the spec"
-            ) from None
-    return found.to_dict()
+    plan = slot["plan"]
+    values = {"{port}": str(slot["port"]), "{control}": slot["control"]}
+    argv = [values.get(part, part) for part in plan["argv"]]
+    if in_container(slot):
+        return containers.start(plan, container_name(slot), argv, str(Path(slot["control"]).parent))
+    found = find(slot)
+    if found is not None:
+        return found
+    try:
+        return service.start(argv, Path(slot["log"]), cwd=Path(plan["cwd"]), env=plan["env"]).to_dict()
+    except OSError as error:
+        raise StageFailed(
+            f"cannot start {argv[0]}: {error.strerror}", plan["name"], "check deploy in the spec"
+        ) from None
 
 
 def wait_healthy(slot: dict[str, Any], timeout_s: float) -> None:
@@ -92,6 +111,8 @@ def wait_healthy(slot: dict[str, Any], timeout_s: float) -> None:
 
 
 def failure(what: str, slot: dict[str, Any], fix: str) -> StageFailed:
+    if in_container(slot) and slot.get("process"):
+        containers.save_log(slot["process"], Path(slot["log"]))
     tail = last_lines(Path(slot["log"]))
     what = f"{what}; its last words:\n{tail}\n" if tail else what
     return StageFailed(what, slot["plan"]["name"], fix, log_path=slot["log"])
@@ -281,11 +302,11 @@ def wait_released(slot: dict[str, Any], timeout_s: float) -> None:
 
 def end(slot: dict[str, Any], grace_s: float = DRAIN_TIMEOUT_S) -> bool:
     """End the slot's server after its running requests; True if there was one."""
-    process = slot.get("process")
-    if process is None and slot.get("control"):
-        found = service.find_marked(slot["control"])
-        process = found.to_dict() if found else None
-    ended = service.end(process, grace_s)
+    process = slot.get("process") or find(slot)
+    if in_container(slot):
+        ended = process is not None and containers.end(process, Path(slot["log"]), grace_s)
+    else:
+        ended = service.end(process, grace_s)
     slot["process"] = None
     slot["state"] = "stopped" if slot.get("plan") else "empty"
     with contextlib.suppress(OSError, KeyError):

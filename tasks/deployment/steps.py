@@ -20,7 +20,7 @@ from typing import Any
 from specs.errors import InputError, KilotokError
 from tasks.deployment import slots
 from tasks.deployment.record import SLOTS, Record, locked
-from tasks.edges import service
+from tasks.edges import containers, service
 
 OnStep = Callable[[str], None]  # called before and after each step is written down; the crash tests die here
 
@@ -123,6 +123,8 @@ class Deployment:
     def _check(self, plan: dict[str, Any]) -> None:
         """Everything that can be refused before anything starts."""
         slots.check_port(self.record, plan["host"], plan["port"])
+        if plan["to"] == "docker":
+            containers.ensure_image(plan["image"])
         bundle = Path(plan["bundle"])
         if not bundle.is_dir():
             raise InputError("the bundle is gone", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
@@ -304,10 +306,9 @@ class Deployment:
         slot = self.record.slots[operation["slot"]]
         same = wanted is not None and slot.get("plan", {}).get("digest") == wanted["digest"]
         if same and slot["state"] == "starting" and not operation["swap"]:
-            found = service.find_marked(slot["control"])
-            slot["process"] = found.to_dict() if found else None
+            slot["process"] = slots.find(slot)
             self.record.data["operation"] = None
-            if found:
+            if slot["process"]:
                 return  # `start` goes on with the server that is already there
         self._undo_start(operation["slot"], operation["swap"])
 

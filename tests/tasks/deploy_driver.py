@@ -21,7 +21,7 @@ from tasks.deployment.steps import opened
 from tasks.job import Job, Progress
 
 NAME = "toy"
-TOY_SERVER = ("-m", "tests.engine_plugins.toy_engine")
+TOY_SERVER = (sys.executable, "-m", "tests.engine_plugins.toy_engine")
 
 
 def deploy_job(store: Path, bundle: Path, port: int, **settings: Any) -> Job:
