@@ -26,7 +26,7 @@ def responsive(draw: Callable[[float], str], wide: float = WIDE, narrow: float =
 def pareto(data: Mapping[str, Any], width: float) -> str:
     """TPS/user against TPS/server on log axes with both record marks and lines of equal users."""
     points: Sequence[Mapping[str, Any]] = data["points"]
-    height, left, right, top, bottom = (400.0 if width > 500 else 340.0), 54.0, 14.0, 22.0, 44.0
+    height, left, right, top, bottom = (400.0 if width > 500 else 340.0), 60.0, 14.0, 22.0, 44.0
     base = data.get("baseline")
     xs = [point["tps_user"] for point in points] + ([base] if base else [])
     ys = [point["tps_server"] for point in points] + ([base] if base else [])
