@@ -48,6 +48,7 @@ class Trainer:
     sequences: list[data.Sequence]
     spec: Mapping[str, Any]  # draft.training
     scratch: Path
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def __post_init__(self) -> None:
         reuse_memory()
@@ -73,7 +74,7 @@ class Trainer:
             last = now
             self.state.curve.append(row)
             progress(share, 1.0, f"step {self.state.step}/{self.total} loss {row['loss']:.3f} hit {row['acc_1']:.0%}")
-            if now - saved > CHECKPOINT_SECONDS:
+            if now - saved > self.checkpoint_seconds:
                 self._save()
                 saved = last = time.monotonic()
             after_step(self.state)

@@ -1,0 +1,255 @@
+"""The train_draft stage on a random target: the unroller against modelopt, resuming, batches, replay, the stage itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from specs.errors import InputError, IntegrityError
+from tasks.job import Job, Progress
+from tasks.prompts import template_sha256
+from tasks.train_draft import acceptance, build, data, features, head, trainer
+from tasks.train_draft.unroll import Batch, RmsNorm, SoftCrossEntropy, Unroller
+from tests.tasks.random_checkpoints import DOMAINS, write_checkpoint
+
+TRAINING = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "ttt_steps": 3, "max_seconds": None, "seed": 3,
+            "sequence_length": 64}  # fmt: skip
+
+
+def write_answers(path: Path, source: Path, per_domain: int = 6, template: str = "") -> Path:
+    path.mkdir()
+    rng = random.Random(0)
+    rows = []
+    for i in range(per_domain):
+        for domain in DOMAINS:
+            prompt = [0, *(rng.randrange(6, 90) for _ in range(rng.randrange(5, 12))), 2]
+            answer = [*(rng.randrange(6, 90) for _ in range(rng.randrange(4, 14))), 3]
+            rows.append({"id": f"{domain}-{i}", "domain": domain, "prompt_token_ids": prompt, "answer_token_ids": answer})
+    (path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "summary.json").write_text(json.dumps({"chat_template_sha256": template or template_sha256(source)}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("target") / "source")
+
+
+@pytest.fixture
+def answers(tmp_path: Path, source: Path) -> Path:
+    return write_answers(tmp_path / "answers", source)
+
+
+def make_job(source: Path, answers: Path, out: Path, **draft: object) -> Job:
+    out.mkdir(parents=True, exist_ok=True)
+    spec = {"method": "eagle3", "capture_layers": [0, 1, 2], "training": TRAINING, "data": {}, **draft}
+    return Job("train_draft", {"name": "t", "draft": spec}, out, {"download": source, "synthesize": answers}, out)
+
+
+def make_model(source: Path, steps: int = 3) -> tuple[object, features.Capture]:
+    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    capture = features.Capture(target, [0, 1, 2])
+    decoder = target.model.layers
+    torch.manual_seed(0)
+    model = head.convert(target, [0, 1, 2], 96, steps, None)
+    target.model.layers = decoder
+    return model, capture
+
+
+def make_trainer(source: Path, answers: Path, scratch: Path, **spec: object) -> trainer.Trainer:
+    model, capture = make_model(source)
+    scratch.mkdir(parents=True, exist_ok=True)
+    store = features.FeatureStore(capture, scratch / "features")
+    sequences = data.read_answers(answers / "answers.jsonl", 64)
+    return trainer.Trainer(model, store, sequences, {**TRAINING, **spec}, scratch, checkpoint_seconds=0.0)
+
+
+# ---- the unroller
+
+
+def test_unroller_equals_modelopts_training_forward(source: Path, answers: Path) -> None:
+    """Same logits at every step, on fresh weights: with all norm weights at one, modelopt's double norm is a single one."""
+    model, capture = make_model(source)
+    sequence = data.read_answers(answers / "answers.jsonl", 64)[0]
+    ids = torch.tensor([sequence.token_ids])
+    aux, last = capture.run(ids)
+    start, rows = sequence.prompt_tokens, sequence.chains
+    seen: list[torch.Tensor] = []
+    original = model._eagle_loss
+
+    def spy(probs: object, tokens: object, logits: torch.Tensor, mask: object) -> object:
+        seen.append(logits.detach())
+        return original(probs, tokens, logits, mask)
+
+    model._eagle_loss = spy
+    model.train()
+    mask = torch.tensor([sequence.loss_mask])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids), loss_mask=mask,
+          base_model_outputs={"base_model_hidden_states": last, "aux_hidden_states": aux})  # fmt: skip
+    stored = {"features": aux[:, :-2], "teacher": last[:, start : start + rows]}
+    ours = Unroller(model.eagle_module, 3).logits(trainer.assemble([sequence], stored, model.model.embed_tokens.weight))
+    for step in range(3):
+        theirs = seen[step][0, start - 1 : start - 1 + rows - step]  # modelopt already cut the first `step` positions
+        torch.testing.assert_close(ours[step][0], theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_a_sequence_is_the_same_alone_and_padded(source: Path, answers: Path) -> None:
+    model, capture = make_model(source)
+    store = features.FeatureStore(capture, answers / "features")
+    sequences = data.read_answers(answers / "answers.jsonl", 64)[:5]
+    unroller, embedding = Unroller(model.eagle_module, 3), model.model.embed_tokens.weight
+    together = unroller.logits(trainer.assemble(sequences, f32(store.compute(sequences)), embedding))
+    for i, sequence in enumerate(sequences):
+        alone = unroller.logits(trainer.assemble([sequence], f32(store.compute([sequence])), embedding))
+        for step in range(3):
+            rows = sequence.chains - step
+            torch.testing.assert_close(together[step][i, :rows], alone[step][0], rtol=1e-3, atol=1e-3)
+
+
+def f32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def test_hand_written_gradients() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: RmsNorm.apply(a, b, 1e-5), (x, weight))
+    target = torch.rand(3, 5, 8, dtype=torch.float64).softmax(-1)
+    used = torch.rand(3, 5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a: SoftCrossEntropy.apply(a, target, used), (x,))
+
+
+def test_batch_validity_ends_with_each_answer() -> None:
+    empty = torch.zeros(2, 4, 1)
+    batch = Batch(empty, empty, empty, torch.zeros(2, 4), torch.tensor([1, 1]), torch.tensor([4, 2]))
+    assert batch.valid(1).tolist() == [[True, True, True], [True, False, False]]
+
+
+# ---- the loop
+
+
+def test_a_killed_run_resumes_at_its_step_and_ends_the_same(source: Path, answers: Path, tmp_path: Path) -> None:
+    whole = make_trainer(source, answers, tmp_path / "whole", epochs=2)
+    whole.run(Progress())
+
+    def kill(state: trainer.State) -> None:
+        if state.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(source, answers, tmp_path / "cut", epochs=2).run(Progress(), kill)
+    again = make_trainer(source, answers, tmp_path / "cut", epochs=2)
+    seen: list[int] = []
+    again.run(Progress(), lambda state: seen.append(state.step))
+    assert seen[0] == 6
+    assert [row["step"] for row in again.state.curve] == list(range(1, again.total + 1))
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parameter, again.parameters[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_clock_stops_training_at_a_step(source: Path, answers: Path, tmp_path: Path) -> None:
+    run = make_trainer(source, answers, tmp_path, epochs=1000, max_seconds=0.3)
+    state = run.run(Progress())
+    assert 0 < state.step < run.total
+
+
+def test_the_target_runs_once_per_batch(source: Path, answers: Path, tmp_path: Path) -> None:
+    run = make_trainer(source, answers, tmp_path, epochs=3)
+    run.run(Progress())
+    assert run.store.computed == len(run.batches)
+
+
+def test_features_beyond_the_disk_budget_are_recomputed(source: Path, answers: Path, tmp_path: Path) -> None:
+    run = make_trainer(source, answers, tmp_path, epochs=2)
+    run.store.budget = 0
+    run.run(Progress())
+    assert run.store.computed == 2 * len(run.batches)
+    assert not list((tmp_path / "features").glob("*.safetensors"))
+
+
+def test_sparse_moe_equals_transformers(source: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ids = torch.randint(6, 90, (2, 20))
+    with torch.no_grad():
+        theirs = plain.model(input_ids=ids, use_cache=False).last_hidden_state
+        _, ours = features.Capture(plain, [0, 1, 2]).run(ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# ---- data
+
+
+def test_order_is_a_function_of_seed_and_step() -> None:
+    epoch = [data.batch_at(step, 7, seed=1) for step in range(7)]
+    assert sorted(epoch) == list(range(7))
+    assert epoch == [data.batch_at(step, 7, seed=1) for step in range(7)]
+    assert epoch != [data.batch_at(step, 7, seed=1) for step in range(7, 14)]
+
+
+def test_every_domain_is_held_back(answers: Path) -> None:
+    sequences = data.read_answers(answers / "answers.jsonl", 64)
+    train, held_back = data.split(sequences)
+    assert {s.domain for s in held_back} == set(DOMAINS)
+    assert not {s.id for s in train} & {s.id for s in held_back}
+
+
+def test_a_broken_answer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").write_text('{"id": "a"}\n')
+    with pytest.raises(InputError, match="answers.jsonl:1"):
+        data.read_answers(tmp_path / "answers.jsonl", 64)
+
+
+# ---- acceptance
+
+
+def test_replay_counts_cycles_by_hand() -> None:
+    """Five tokens after the first: all three drafts taken, then one token left."""
+    right = [[True] * 5, [True] * 4, [True] * 3]
+    metrics = acceptance.replay([("code", right)], 3)
+    assert metrics["acceptance.length"] == 5 / 2
+
+
+def test_replay_stops_at_the_first_wrong_draft() -> None:
+    right = [[True, False, False, False], [False, False, False], [True, True]]
+    metrics = acceptance.replay([("math", right)], 3)
+    assert metrics["acceptance.length"] == 4 / 3  # cycles at rows 0, 2, 3
+    assert metrics["acceptance.position.1"] == 1 / 3
+    assert metrics["acceptance.position.2"] == 0
+
+
+def test_a_perfect_head_reaches_the_limit_and_a_useless_one_does_not() -> None:
+    perfect = [[True] * (40 - s) for s in range(3)]
+    assert acceptance.replay([("code", perfect)], 3)["acceptance.length"] == 4.0
+    assert acceptance.replay([("code", [[False] * (40 - s) for s in range(3)])], 3)["acceptance.length"] == 1.0
+
+
+# ---- the stage
+
+
+@pytest.mark.parametrize("vocab_size", [None, 128])
+def test_stage_exports_what_the_engine_computes(source: Path, answers: Path, tmp_path: Path, vocab_size: int | None) -> None:
+    metrics = build(make_job(source, answers, tmp_path / "out", vocab_size=vocab_size), Progress())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert config["draft_vocab_size"] == (vocab_size or 256)
+    assert ("d2t" in tensors) == (vocab_size is not None)
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    assert metrics["train_draft.engine_difference"] < 0.02
+    assert 1.0 <= metrics["acceptance.length"] <= 4.0
+    assert list(pd.read_parquet(tmp_path / "out" / "curve.parquet").columns) == ["step", "loss", "acc_1", "acc_2", "acc_3"]
+
+
+def test_answers_through_another_template_are_refused(source: Path, tmp_path: Path) -> None:
+    answers = write_answers(tmp_path / "answers", source, template="0" * 64)
+    with pytest.raises(IntegrityError, match="template"):
+        build(make_job(source, answers, tmp_path / "out"), Progress())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
