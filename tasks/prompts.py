@@ -45,7 +45,7 @@ def resolve(uri: str, root: Path) -> Path:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Every line of `path`; a broken one is refused by number, because a skipped one would shift the domains' balance."""
+    """Every line of `path`; a broken one is refused by number, a skipped one would shift the balance."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -59,7 +59,9 @@ def read_prompts(path: Path) -> list[Prompt]:
             continue
         prompt = _parse(line, f"{path}:{number}")
         if prompt.id in seen:
-            raise InputError(f"id {prompt.id!r} is used twice", f"{path}:{number}", f"first used on line {seen[prompt.id]}")
+            raise InputError(
+                f"id {prompt.id!r} is used twice", f"{path}:{number}", f"first used on line {seen[prompt.id]}"
+            )
         seen[prompt.id] = number
         prompts.append(prompt)
     if not prompts:
@@ -76,7 +78,9 @@ def _parse(line: str, where: str) -> Prompt:
         raise InputError("line is not a JSON object", where, "one object per line: id, domain, prompt")
     for name in ("id", "domain", "prompt"):
         if not isinstance(record.get(name), str) or not record[name].strip():
-            raise InputError(f"{name!r} is missing or not a non-empty string", where, "every line has id, domain, prompt")
+            raise InputError(
+                f"{name!r} is missing or not a non-empty string", where, "every line has id, domain, prompt"
+            )
     answer = record.get("answer") or ""
     if not isinstance(answer, str):
         raise InputError("'answer' is not a string", where, "leave it out or write text")

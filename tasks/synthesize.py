@@ -1,4 +1,4 @@
-"""The quantized target answers the training prompts, through its chat template: what the draft head will learn to guess.
+"""The quantized target answers the training prompts, through its chat template: what the draft head learns.
 
 Answers go to shard files as they are finished, so a kill -9 costs one shard; token ids are recorded, so nothing is ever
 tokenised twice. Refuses to write answers itself, and to hand on a set of which too much is empty or cut off.
@@ -48,7 +48,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
         raise InputError(
             f"answers are written by the native engine, not by {backend}",
             "engine.backend",
-            "set draft.data.prompts to a file whose answers the served target wrote, or synthesize with the native engine",
+            "synthesize with the native engine first; its answers can be reused",
         )
     template = template_sha256(checkpoint)
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
@@ -179,7 +179,9 @@ def check_answers(summary: dict[str, Any], where: str, limit: float = BAD_SHARE)
             raise IntegrityError(
                 f"{share:.1%} of the {RULES[kind]}, the limit is {limit:.0%}",
                 where,
-                "raise draft.data.max_new_tokens" if kind == "truncated" else "look at the prompts and the chat template",
+                "raise draft.data.max_new_tokens"
+                if kind == "truncated"
+                else "look at the prompts and the chat template",
             )
 
 

@@ -1,8 +1,8 @@
 """BF16 checkpoint in, FP8 checkpoint out: calibrated by a modelopt recipe, exported in its unified Hugging Face layout.
 
-It refuses to hand on a checkpoint it has not reloaded: every detector in `detectors.py` runs before the artifact counts.
-`stage.py` is the order of things, `coverage.py` what must and must not be quantized, `calibrate.py` and `export.py` drive
-modelopt, `reload.py` reads the result back without modelopt, `table.py` is the per-tensor table.
+It refuses to hand on a checkpoint it has not reloaded: every detector in `detectors.py` runs before the artifact
+counts. `stage.py` is the order of things, `coverage.py` what must and must not be quantized, `calibrate.py` and
+`export.py` drive modelopt, `reload.py` reads the result back without modelopt, `table.py` is the per-tensor table.
 Run it: `kilotok run SPEC` (stage quantize), or `python -m tasks.child JOB.json` by hand.
 """
 

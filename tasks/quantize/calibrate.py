@@ -1,7 +1,8 @@
 """Load the BF16 model, run a modelopt recipe over chat prompts, and watch what a recipe does not watch.
 
-While the prompts run, hooks on the routers count tokens per expert; on prompts that were held back, hooks on the quantizers
-measure what is clipped and how much noise is added. It refuses to guess a recipe: name or YAML file, as the spec says.
+While the prompts run, hooks on the routers count tokens per expert; on prompts that were held back, hooks on the
+quantizers measure what is clipped and how much noise is added. It refuses to guess a recipe: name or YAML file, as the
+spec says.
 Run it: nothing to run; `python -m pytest tests/tasks/test_quantize.py`.
 """
 
@@ -93,7 +94,9 @@ def quantizers(model: torch.nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, TensorQuantizer) and m.is_enabled}
 
 
-def calibrate(model: Any, recipe: dict[str, Any], sequences: list[list[int]], progress: Progress) -> dict[str, list[int]]:
+def calibrate(
+    model: Any, recipe: dict[str, Any], sequences: list[list[int]], progress: Progress
+) -> dict[str, list[int]]:
     """Insert and calibrate the quantizers in place; returns the tokens that each expert of each router saw."""
     import modelopt.torch.quantization as mtq
 
@@ -126,10 +129,10 @@ def share_scales(model: Any, groups: list[tuple[str, ...]]) -> None:
 
 @torch.no_grad()
 def snap_weights(model: Any) -> None:
-    """Replace each per-tensor FP8 weight by the value its quantizer gives it, so that the export cannot round it otherwise.
+    """Replace each per-tensor FP8 weight by its quantizer's value, so that the export cannot round it otherwise.
 
-    modelopt multiplies in calibration and divides in export. Where amax makes BF16 weights fall on rounding ties, up to 1% of
-    a tensor's elements would come out one step apart.
+    modelopt multiplies in calibration and divides in export. Where amax makes BF16 weights fall on rounding ties, up to
+    1% of a tensor's elements would come out one step apart.
     """
     for name, quantizer in quantizers(model).items():
         module, attribute = name.rsplit(".", 1)
@@ -170,7 +173,9 @@ class NoiseMeter:
             quantizer = self._quantizers[name]
             amax = float(quantizer.amax.float().max()) if quantizer.amax is not None else math.nan
             sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else (199.0 if signal > 0 else 0.0)
-            rows.append(TensorRow(*_row_name(name), amax / float(quantizer.maxbound), amax, sqnr, clipped / max(total, 1.0)))
+            rows.append(
+                TensorRow(*_row_name(name), amax / float(quantizer.maxbound), amax, sqnr, clipped / max(total, 1.0))
+            )
         return rows
 
 

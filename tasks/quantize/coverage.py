@@ -1,4 +1,4 @@
-"""Which tensors a recipe must quantize and which it must leave alone, worked out from config.json and the recipe's text.
+"""Which tensors a recipe must quantize and which it must leave alone, from config.json and the recipe.
 
 It refuses to look at the model: it is the second opinion that the model's own quantizers are compared with.
 Run it: nothing to run; `python -m pytest tests/tasks/test_quantize_detectors.py`.

@@ -1,7 +1,7 @@
 """What can go wrong in a quantized checkpoint without anyone noticing, one small pure function per fault.
 
-Each takes plain tables and raises IntegrityError naming the tensor. They refuse to repair: a checkpoint is right or not.
-Each has a test that injects its fault. Run it: `python -m pytest tests/tasks/test_quantize_detectors.py`.
+Each takes plain tables and raises IntegrityError naming the tensor. They refuse to repair: a checkpoint is right or
+not. Each has a test that injects its fault. Run it: `python -m pytest tests/tasks/test_quantize_detectors.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from tasks.quantize.coverage import NEVER, Coverage
 
 SMALLEST_NORMAL = 1.1754943508222875e-38  # float32; what is below loses bits, and GPUs flush it to zero
 SATURATION_LIMIT = 0.01  # share of elements clipped; per-tensor max calibration clips none of the data it saw
-LAYER_TOLERANCE = 0.01  # relative L2 of one layer's output given the same input; measured: 1e-7, 1e-3 where roundings tie
+LAYER_TOLERANCE = (
+    0.01  # relative L2 of one layer's output given the same input; measured: 1e-7, 1e-3 where roundings tie
+)
 LOGIT_TOLERANCE = 0.1  # relative L2 of the logits; one flipped rounding grows to about 1e-2 over the layers
 
 
@@ -47,11 +49,15 @@ def check_scales(rows: Iterable[TensorRow]) -> None:
     """Zero, NaN, infinite and denormal scales."""
     for row in rows:
         if math.isnan(row.scale) or math.isinf(row.scale):
-            raise IntegrityError(f"{row.kind} scale is {row.scale}", row.name, "look for NaN or Inf in this layer's activations")
+            raise IntegrityError(
+                f"{row.kind} scale is {row.scale}", row.name, "look for NaN or Inf in this layer's activations"
+            )
         if row.scale == 0:
             raise IntegrityError(f"{row.kind} scale is zero", row.name, "the tensor was all zeros in calibration")
         if row.scale < SMALLEST_NORMAL:
-            raise IntegrityError(f"{row.kind} scale {row.scale:.3g} is negative or denormal", row.name, "check its amax")
+            raise IntegrityError(
+                f"{row.kind} scale {row.scale:.3g} is negative or denormal", row.name, "check its amax"
+            )
 
 
 def check_saturation(rows: Iterable[TensorRow], limit: float = SATURATION_LIMIT) -> None:
@@ -95,7 +101,9 @@ def check_kv_scales(exported: Iterable[str], wanted: Coverage) -> None:
         for part in "kv":
             name = f"{attention}.{part}_proj.{part}_scale"
             if name not in have:
-                raise IntegrityError("KV-cache scale is missing from the export", name, "was the recipe's kv part applied?")
+                raise IntegrityError(
+                    "KV-cache scale is missing from the export", name, "was the recipe's kv part applied?"
+                )
 
 
 def check_input_scales(exported: Iterable[str], wanted: Coverage) -> None:
@@ -121,7 +129,9 @@ def check_shared_scales(scales: Mapping[str, float], groups: Iterable[tuple[str,
             names = [scale_name(weight, role) for weight in group]
             found = {scales[name] for name in names if name in scales}
             if len(found) > 1:
-                raise IntegrityError(f"{role} scales of a fused group differ: {sorted(found)}", names[0], "share them at export")
+                raise IntegrityError(
+                    f"{role} scales of a fused group differ: {sorted(found)}", names[0], "share them at export"
+                )
 
 
 def check_finite(bad: Iterable[str], where: str) -> None:
@@ -133,8 +143,8 @@ def check_finite(bad: Iterable[str], where: str) -> None:
 def check_reload(layers: Mapping[str, Sequence[float]], logits: Sequence[float], where: str) -> None:
     """The exported checkpoint, read back without modelopt, against the model exported: relative differences per prompt.
 
-    Layers are compared on equal inputs, so that a fault is found where it is; `logits` is the free run. The median judges: a
-    value on a rounding tie may flip in one prompt, a lost tensor changes all of them.
+    Layers are compared on equal inputs, so that a fault is found where it is; `logits` is the free run. The median
+    judges: a value on a rounding tie may flip in one prompt, a lost tensor changes all of them.
     """
     for name, differences in layers.items():
         if not _median(differences) <= LAYER_TOLERANCE:

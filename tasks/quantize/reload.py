@@ -1,7 +1,7 @@
 """Read an exported FP8 checkpoint back without modelopt and run it: the export's independent witness.
 
-A plain transformers model in FP32: weights dequantised, activations and K/V rounded to E4M3 with the checkpoint's own scales,
-exactly as an engine would. Refuses to be fast, and to know anything that is not in the directory.
+A plain transformers model in FP32: weights dequantised, activations and K/V rounded to E4M3 with the checkpoint's own
+scales, exactly as an engine would. Refuses to be fast, and to know anything that is not in the directory.
 Run it: nothing to run; `python -m pytest tests/tasks/test_quantize.py`.
 """
 

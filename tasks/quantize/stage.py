@@ -108,7 +108,7 @@ def calibration_prompts(spec: dict[str, Any], root: Path) -> list[Prompt]:
         )
     if samples <= HELD_BACK:
         raise InputError(
-            f"{samples} calibration samples leave nothing to calibrate on: {HELD_BACK} are held back to check the export",
+            f"{samples} calibration samples leave nothing to calibrate on: {HELD_BACK} of them check the export",
             "quantize.calibration.samples",
             f"ask for more than {HELD_BACK}; 128 is a good start",
         )

@@ -1,7 +1,7 @@
 """How many tokens a cycle of speculative decoding would emit, replayed on answers the head has not seen.
 
-The answers are the target's greedy output, so a draft is accepted exactly when it says the answer's next token: walking the
-answer cycle by cycle gives the engine's acceptance length without an engine. Refuses to sample.
+The answers are the target's greedy output, so a draft is accepted exactly when it says the answer's next token: walking
+the answer cycle by cycle gives the engine's acceptance length without an engine. Refuses to sample.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 

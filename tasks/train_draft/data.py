@@ -1,7 +1,7 @@
 """Answers to training batches: which tokens are learned, who is held back, what each optimizer step sees.
 
-Everything here is a pure function of the answers, the seed and the step, so a resumed run sees what the first would have.
-Refuses to tokenise: the ids are the ones the target read and wrote.
+Everything here is a pure function of the answers, the seed and the step, so a resumed run sees what the first would
+have. Refuses to tokenise: the ids are the ones the target read and wrote.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 
@@ -37,7 +37,7 @@ class Sequence:
 
 
 def answer_mask(prompt_tokens: int, answer_tokens: int) -> tuple[int, ...]:
-    """The mask modelopt's loss wants: position i counts when the head, told token i, must guess token i+1 of the answer."""
+    """The mask modelopt's loss wants: position i counts when the head, told token i, must guess answer token i+1."""
     return (0,) * prompt_tokens + (1,) * (answer_tokens - 1) + (0,)
 
 

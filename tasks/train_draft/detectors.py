@@ -35,7 +35,9 @@ def check_capture_layers(wanted: Sequence[int], recorded: Sequence[int], num_lay
             "layer ids count outputs from 0; transformers' hidden_states index is one more",
         )
     if len(wanted) != 3 or not all(0 <= layer < num_layers for layer in wanted):
-        raise IntegrityError(f"{list(wanted)} are not three layers of {num_layers}", "draft.capture_layers", "e.g. 1, n/2-1, n-4")
+        raise IntegrityError(
+            f"{list(wanted)} are not three layers of {num_layers}", "draft.capture_layers", "e.g. 1, n/2-1, n-4"
+        )
 
 
 def check_features(recorded: torch.Tensor, hidden_states: Sequence[torch.Tensor], layers: Sequence[int]) -> None:
@@ -56,13 +58,17 @@ def check_loss_mask(token_ids: Sequence[int], mask: Sequence[int], answer_ids: S
     """What the mask makes the head guess must be the answer from its second token on: the first is the target's own."""
     guessed = [token_ids[i + 1] for i, used in enumerate(mask) if used and i + 1 < len(token_ids)]
     if len(mask) != len(token_ids) or sum(mask) != len(guessed) or guessed != list(answer_ids[1:]):
-        raise IntegrityError("the loss mask does not cover the answer", name, "mask position i trains the guess of token i+1")
+        raise IntegrityError(
+            "the loss mask does not cover the answer", name, "mask position i trains the guess of token i+1"
+        )
 
 
 def check_prompt_end(ends: set[int], answer: str) -> None:
     """Every prompt ends with the template's own last token; if not, prompt and answer were cut at the wrong place."""
     if len(ends) != 1:
-        raise IntegrityError(f"prompts end with {len(ends)} different tokens {sorted(ends)[:5]}", answer, "re-run synthesize")
+        raise IntegrityError(
+            f"prompts end with {len(ends)} different tokens {sorted(ends)[:5]}", answer, "re-run synthesize"
+        )
 
 
 def check_vocabulary(d2t: Sequence[int] | torch.Tensor, vocab_size: int) -> None:
@@ -72,7 +78,9 @@ def check_vocabulary(d2t: Sequence[int] | torch.Tensor, vocab_size: int) -> None
     if len(torch.unique(targets)) != len(targets):
         raise IntegrityError("two draft tokens mean the same target token", "d2t", "rebuild the draft vocabulary")
     if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= vocab_size):
-        raise IntegrityError(f"d2t points outside the vocabulary of {vocab_size}", "d2t", "rebuild the draft vocabulary")
+        raise IntegrityError(
+            f"d2t points outside the vocabulary of {vocab_size}", "d2t", "rebuild the draft vocabulary"
+        )
     if not torch.equal(targets, targets.sort().values):
         raise IntegrityError("d2t is not ascending", "d2t", "engines search it; rebuild the draft vocabulary")
 

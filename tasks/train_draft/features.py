@@ -1,7 +1,7 @@
 """The frozen target's hidden states, computed once per batch and kept as shards on disk.
 
-From the second epoch on the target never runs again: its forward pass is most of an online step. The disk is bounded: beyond
-the budget a batch is recomputed. Refuses to see gradients.
+From the second epoch on the target never runs again: its forward pass is most of an online step. The disk is bounded:
+beyond the budget a batch is recomputed. Refuses to see gradients.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 

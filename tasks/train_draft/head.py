@@ -1,8 +1,8 @@
 """The EAGLE-3 head: modelopt's module around the target's embeddings, and its export in TensorRT-LLM's layout.
 
-modelopt 0.47 normalises the head's hidden input twice in training (its Llama layer applies `input_layernorm`, its hook then
-`hidden_norm`); TensorRT-LLM, vLLM and SGLang serve it normalised once. We train what is served, and say so in the config.
-Refuses to know how it is trained. Run it: `python -m pytest tests/tasks/test_train_draft.py`.
+modelopt 0.47 normalises the head's hidden input twice in training (its Llama layer applies `input_layernorm`, its hook
+then `hidden_norm`); TensorRT-LLM, vLLM and SGLang serve it normalised once. We train what is served, and say so in the
+config. Refuses to know how it is trained. Run it: `python -m pytest tests/tasks/test_train_draft.py`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def convert(target: Any, layers: list[int], width: int, ttt_steps: int, d2t: tor
 
 @torch.no_grad()
 def _initialise(model: Any, d2t: torch.Tensor | None) -> None:
-    """The target's own head and final norm are a better start than noise: the head's output means the same as theirs."""
+    """The target's own head and final norm are a better start than noise: their output means the same."""
     eagle = model.eagle_module
     lm_head = model.lm_head.weight
     if d2t is not None:
@@ -107,14 +107,20 @@ def export(model: Any, out: Path) -> None:
 def check_layout(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Names, shapes and keys that TensorRT-LLM's EAGLE-3 loader needs."""
     if config.get("architectures") != ["LlamaForCausalLMEagle3"] or not config.get("draft_vocab_size"):
-        raise IntegrityError("not TensorRT-LLM's EAGLE-3 config", "config.json", "architectures and draft_vocab_size are required")
+        raise IntegrityError(
+            "not TensorRT-LLM's EAGLE-3 config", "config.json", "architectures and draft_vocab_size are required"
+        )
     compressed = config["draft_vocab_size"] != config["vocab_size"]
     wanted = {f"{name}.weight" for name in REQUIRED} | ({"d2t"} if compressed else set())
     if set(shapes) != wanted:
-        raise IntegrityError(f"tensors {sorted(set(shapes) ^ wanted)} are missing or unknown", "model.safetensors", "check head.py")
+        raise IntegrityError(
+            f"tensors {sorted(set(shapes) ^ wanted)} are missing or unknown", "model.safetensors", "check head.py"
+        )
     hidden = config["hidden_size"]
     for name, shape in (("fc.weight", (hidden, 3 * hidden)), ("lm_head.weight", (config["draft_vocab_size"], hidden))):
         if shapes[name] != shape:
             raise IntegrityError(f"shape is {shapes[name]}, not {shape}", name, "check head.py")
     if shapes["midlayer.self_attn.q_proj.weight"][1] != 2 * hidden:
-        raise IntegrityError("q_proj does not take embedding and hidden state", "midlayer.self_attn.q_proj.weight", "check head.py")
+        raise IntegrityError(
+            "q_proj does not take embedding and hidden state", "midlayer.self_attn.q_proj.weight", "check head.py"
+        )

@@ -89,7 +89,9 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
 def require_llama(config: Any) -> None:
     """The head's layout is only known for text decoders of the Llama family."""
     if config.model_type not in ("llama4_text", "llama"):
-        raise InputError(f"no EAGLE-3 head for model type {config.model_type!r}", "config.json", "known: llama4_text, llama")
+        raise InputError(
+            f"no EAGLE-3 head for model type {config.model_type!r}", "config.json", "known: llama4_text, llama"
+        )
 
 
 def check_data(sequences: list[data.Sequence]) -> None:
@@ -148,7 +150,7 @@ def f32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def compare_with_engine(
     model: Any, store: features.FeatureStore, held_back: Sequence[data.Sequence], source: Path, out: Path
 ) -> float:
-    """The exported head, read by the engine's reference, against the trainer's on teacher-forced chains; worst difference."""
+    """The exported head, read by the engine's reference, against the trainer's on forced chains; worst difference."""
     from engine_plugins.native.reference import ReferenceModel
 
     reference = ReferenceModel.from_checkpoint(source, out)
@@ -168,7 +170,7 @@ def compare_with_engine(
 
 
 def forced_chain(reference: Any, token_ids: list[int], known: int, steps: int) -> list[torch.Tensor]:
-    """The engine's draft logits when features of `known` tokens are there and each further token is the answer's own."""
+    """The engine's draft logits when features of `known` tokens are there and further tokens are the answer's own."""
     _, outputs = reference.forward(token_ids[:known])
     hidden = reference.draft.combine(outputs)
     logits = []
@@ -189,5 +191,9 @@ def write_curve(curve: list[dict[str, float]], path: Path) -> None:
     """curve.parquet: step, loss, acc_1 .. acc_n."""
     frame = pd.DataFrame(curve)
     rate = pa.Column(float, pa.Check.in_range(0, 1))
-    columns = {"step": pa.Column(float), "loss": pa.Column(float), **{c: rate for c in frame.columns if c.startswith("acc_")}}
+    columns = {
+        "step": pa.Column(float),
+        "loss": pa.Column(float),
+        **{c: rate for c in frame.columns if c.startswith("acc_")},
+    }
     pa.DataFrameSchema(columns, strict=True).validate(frame).to_parquet(path, index=False)

@@ -1,7 +1,7 @@
 """The training loop: AdamW over unrolled chains, stopped by steps or by the clock, resumable at the step.
 
-Every ~20 s the head, the optimizer and the clock go to `.scratch`; after a kill -9 the run goes on at that step with the same
-data order. Refuses to hold features: it asks for a batch and forgets it.
+Every ~20 s the head, the optimizer and the clock go to `.scratch`; after a kill -9 the run goes on at that step with
+the same data order. Refuses to hold features: it asks for a batch and forgets it.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 
@@ -98,7 +98,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         self.state.step += 1
         rates = (hits[:, 0] / hits[:, 1].clamp_min(1)).tolist()
-        return {"step": float(self.state.step), "loss": float(loss.detach()), **{f"acc_{i + 1}": r for i, r in enumerate(rates)}}
+        return {
+            "step": float(self.state.step),
+            "loss": float(loss.detach()),
+            **{f"acc_{i + 1}": r for i, r in enumerate(rates)},
+        }
 
     def _save(self) -> None:
         tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.parameters.items()}
@@ -106,7 +110,12 @@ class Trainer:
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value.contiguous()
         tensors["rng"] = torch.get_rng_state()
-        meta = {"step": self.state.step, "seconds": self.state.seconds, "curve": self.state.curve, "spec": dict(self.spec)}
+        meta = {
+            "step": self.state.step,
+            "seconds": self.state.seconds,
+            "curve": self.state.curve,
+            "spec": dict(self.spec),
+        }
         temporary = self.scratch / "trainer.tmp"
         save_file(tensors, temporary, metadata={"state": json.dumps(meta)})
         os.replace(temporary, self.scratch / "trainer.safetensors")
@@ -169,7 +178,7 @@ def teach(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reuse_memory() -> None:
-    """Keep freed tensors in the process: by default glibc returns big ones to the kernel, and each step pays for the pages."""
+    """Keep freed tensors: by default glibc returns big ones to the kernel, and each step pays for the pages again."""
     try:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

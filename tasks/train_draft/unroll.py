@@ -1,13 +1,15 @@
 """The training-time test of EAGLE-3, written for CPUs: every draft chain of a batch unrolled, answer rows only.
 
-It computes what modelopt's `HFEagleModel.forward` computes on the same `EagleModule` weights (a test holds them together),
-without its waste: no rows for prompt or padding, no attention over masked keys, the embedding's half of q/k/v once.
+It computes what modelopt's `HFEagleModel.forward` computes on the same `EagleModule` weights (a test holds them
+together), without its waste: no rows for prompt or padding, no attention over masked keys, the embedding's half of
+q/k/v once.
 Measured beside it: see infra/bench_reports. It refuses to know about data, optimizers or files.
 Run it: `python -m pytest tests/tasks/test_train_draft.py`.
 
 A chain starts at row r: it knows the target's features up to position p-1+r (p = prompt length) and the token after it.
-Step s of chain r sits at position p-1+r+s, eats its own hidden state of step s-1 and the true token at p+r+s, and predicts
-the token at p+r+s+1. Its keys are the features up to p-1+r and its own steps 1..s, which share the row index r.
+Step s of chain r sits at position p-1+r+s, eats its own hidden state of step s-1 and the true token at p+r+s, and
+predicts the token at p+r+s+1. Its keys are the features up to p-1+r and its own steps 1..s, which share the row index
+r.
 Legend: B sequences, T feature rows, R chains, H hidden, V draft vocabulary, N query heads, K key heads, D head size.
 """
 
@@ -127,9 +129,9 @@ class Unroller:
     def loss(
         self, batch: Batch, targets: torch.Tensor, correct: torch.Tensor, decay: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """modelopt's loss, sum over steps of decay**s times the mean soft cross entropy, and hits [steps, 2] (right, of).
+        """modelopt's loss, sum over steps of decay**s times mean soft cross entropy; hits [steps, 2] (right, of).
 
-        targets: [B, R, V] the teacher's distribution at answer tokens; correct: [B, R] its argmax, in the draft vocabulary.
+        targets: [B, R, V] the teacher at answer tokens; correct: [B, R] its argmax, in the draft vocabulary.
         """
         total: torch.Tensor = torch.zeros(())
         hits = torch.zeros(self.steps, 2)

@@ -26,7 +26,8 @@ def llama4_config(**changes: object) -> Llama4TextConfig:
     values = dict(
         vocab_size=256, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, head_dim=16, num_key_value_heads=2,
         intermediate_size=96, intermediate_size_mlp=128, num_local_experts=4, num_experts_per_tok=1,
-        interleave_moe_layer_step=2, attention_chunk_size=32, attn_temperature_tuning=True, floor_scale=16, attn_scale=0.1,
+        interleave_moe_layer_step=2, attention_chunk_size=32, attn_temperature_tuning=True, floor_scale=16,
+        attn_scale=0.1,
         use_qk_norm=False, tie_word_embeddings=False, max_position_embeddings=512, rope_theta=10000.0,
         bos_token_id=0, eos_token_id=3, pad_token_id=4, initializer_range=0.08,
     )  # fmt: skip
@@ -49,7 +50,8 @@ def write_llama3(path: Path) -> Path:
     """A dense Llama 3 shape."""
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=256, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        intermediate_size=128, max_position_embeddings=256, tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     return write_checkpoint(path, config)
 
@@ -62,7 +64,8 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|eot|>", pad_token="<|pad|>", unk_token="<|unk|>",
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|eot|>", pad_token="<|pad|>",
+        unk_token="<|unk|>",
         additional_special_tokens=["<|header|>", "<|end|>"], clean_up_tokenization_spaces=False,
     )  # fmt: skip
     fast.chat_template = TEMPLATE

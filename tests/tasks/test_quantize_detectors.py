@@ -87,7 +87,9 @@ def test_something_left_out(wanted: coverage.Coverage) -> None:
 
 
 def test_a_missing_kv_scale(wanted: coverage.Coverage) -> None:
-    exported = {f"{a}.{p}_proj.{p}_scale" for a in wanted.kv for p in "kv"} - {"model.layers.1.self_attn.v_proj.v_scale"}
+    exported = {f"{a}.{p}_proj.{p}_scale" for a in wanted.kv for p in "kv"} - {
+        "model.layers.1.self_attn.v_proj.v_scale"
+    }
     with pytest.raises(IntegrityError, match="KV-cache scale") as error:
         detectors.check_kv_scales(exported, wanted)
     names_tensor(error, "model.layers.1.self_attn.v_proj.v_scale")

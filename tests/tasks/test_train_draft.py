@@ -1,4 +1,4 @@
-"""The train_draft stage on a random target: the unroller against modelopt, resuming, batches, replay, the stage itself."""
+"""The train_draft stage on a random target: the unroller against modelopt, resuming, batches, replay, the stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def write_answers(path: Path, source: Path, per_domain: int = 6, template: str =
         for domain in DOMAINS:
             prompt = [0, *(rng.randrange(6, 90) for _ in range(rng.randrange(5, 12))), 2]
             answer = [*(rng.randrange(6, 90) for _ in range(rng.randrange(4, 14))), 3]
-            rows.append({"id": f"{domain}-{i}", "domain": domain, "prompt_token_ids": prompt, "answer_token_ids": answer})
+            rows.append(
+                {"id": f"{domain}-{i}", "domain": domain, "prompt_token_ids": prompt, "answer_token_ids": answer}
+            )
     (path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "summary.json").write_text(json.dumps({"chat_template_sha256": template or template_sha256(source)}))
     return path
@@ -75,7 +77,7 @@ def make_trainer(source: Path, answers: Path, scratch: Path, **spec: object) -> 
 
 
 def test_unroller_equals_modelopts_training_forward(source: Path, answers: Path) -> None:
-    """Same logits at every step, on fresh weights: with all norm weights at one, modelopt's double norm is a single one."""
+    """Same logits at every step, on fresh weights: with norm weights at one, modelopt's double norm is single."""
     model, capture = make_model(source)
     sequence = data.read_answers(answers / "answers.jsonl", 64)[0]
     ids = torch.tensor([sequence.token_ids])
@@ -235,7 +237,9 @@ def test_a_perfect_head_reaches_the_limit_and_a_useless_one_does_not() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [None, 128])
-def test_stage_exports_what_the_engine_computes(source: Path, answers: Path, tmp_path: Path, vocab_size: int | None) -> None:
+def test_stage_exports_what_the_engine_computes(
+    source: Path, answers: Path, tmp_path: Path, vocab_size: int | None
+) -> None:
     metrics = build(make_job(source, answers, tmp_path / "out", vocab_size=vocab_size), Progress())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -245,7 +249,13 @@ def test_stage_exports_what_the_engine_computes(source: Path, answers: Path, tmp
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     assert metrics["train_draft.engine_difference"] < 0.02
     assert 1.0 <= metrics["acceptance.length"] <= 4.0
-    assert list(pd.read_parquet(tmp_path / "out" / "curve.parquet").columns) == ["step", "loss", "acc_1", "acc_2", "acc_3"]
+    assert list(pd.read_parquet(tmp_path / "out" / "curve.parquet").columns) == [
+        "step",
+        "loss",
+        "acc_1",
+        "acc_2",
+        "acc_3",
+    ]
 
 
 def test_answers_through_another_template_are_refused(source: Path, tmp_path: Path) -> None:
