@@ -114,8 +114,8 @@ def _enabled(quantizer: str, quant_cfg: Sequence[Mapping[str, Any]]) -> bool:
     for entry in quant_cfg:
         if entry.get("parent_class") or not fnmatchcase(quantizer, entry.get("quantizer_name", "*")):
             continue
-        enabled = entry.get("enable") if entry.get("enable") is not None else True
-    return bool(enabled)
+        enabled = entry.get("enable") is not False
+    return enabled
 
 
 def fused_groups(names: Sequence[str]) -> list[tuple[str, ...]]:

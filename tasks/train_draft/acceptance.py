@@ -46,7 +46,8 @@ class Tally:
 
 def replay(answers: Iterable[tuple[str, Sequence[Sequence[bool]]]], num_drafts: int) -> dict[str, float]:
     """`acceptance.length`, `.length.<domain>` and conditional `.position.<i>` over (domain, right) pairs."""
-    total, domains = Tally(), defaultdict(Tally)
+    total = Tally()
+    domains: dict[str, Tally] = defaultdict(Tally)
     for domain, right in answers:
         total.add(right, num_drafts)
         domains[domain].add(right, num_drafts)

@@ -64,7 +64,8 @@ def read_answers(path: Path, max_tokens: int) -> list[Sequence]:
 def split(sequences: list[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
     """(training, held back): every 20th answer of each domain, at least one each, judges the head."""
     seen: dict[str, int] = {}
-    train, held_back = [], []
+    train: list[Sequence] = []
+    held_back: list[Sequence] = []
     for sequence in sequences:
         count = seen.get(sequence.domain, 0)
         seen[sequence.domain] = count + 1

@@ -13,7 +13,7 @@ import torch
 from specs.errors import IntegrityError
 
 FEATURE_TOLERANCE = 0.02  # relative; features are stored in BF16
-ENGINE_TOLERANCE = 0.02  # relative L2 of logits; the head is exported in BF16, the engine computes it in FP32
+ENGINE_TOLERANCE = 0.002  # relative L2 of logits, both in FP32 from the same BF16 weights; measured: 1e-6
 
 
 def check_template(trained: str, served: str) -> None:

@@ -88,7 +88,7 @@ class FeatureStore:
         if shard.exists():
             tensors = load_file(shard)
         else:
-            tensors = self.compute(sequences)
+            tensors = {key: value.bfloat16() for key, value in self.compute(sequences).items()}
             size = sum(t.numel() * t.element_size() for t in tensors.values())
             if self.used + size <= self.budget:
                 self.used += size
@@ -98,6 +98,7 @@ class FeatureStore:
         return {key: value.float() for key, value in tensors.items()}
 
     def compute(self, sequences: list[data.Sequence]) -> dict[str, torch.Tensor]:
+        """The target's forward pass on these sequences; FP32."""
         self.computed += 1
         longest = max(len(s.token_ids) for s in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -108,4 +109,4 @@ class FeatureStore:
         for i, sequence in enumerate(sequences):
             start, rows = sequence.prompt_tokens, sequence.chains
             teacher[i, :rows] = last[i, start : start + rows]
-        return {"features": features[:, : longest - 2].bfloat16().contiguous(), "teacher": teacher.bfloat16()}
+        return {"features": features[:, : longest - 2].contiguous(), "teacher": teacher}

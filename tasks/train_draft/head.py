@@ -86,6 +86,13 @@ def _initialise(model: Any, d2t: torch.Tensor | None) -> None:
     eagle.norm.weight.copy_(model.model.norm.weight)
 
 
+@torch.no_grad()
+def round_to_bf16(model: Any) -> None:
+    """Give the head the values it is exported with, so that what is measured and compared is what is served."""
+    for parameter in model.eagle_module.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 def export(model: Any, out: Path) -> None:
     """modelopt's exporter, then TensorRT-LLM's names: config.json and model.safetensors in `out`."""
     from modelopt.torch.export import export_speculative_decoding

@@ -56,6 +56,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     run = trainer.Trainer(model, store, train, training, job.scratch)
     state = run.run(progress)
     progress.note("measure")
+    head.round_to_bf16(model)
     metrics = evaluate(model, store, held_back)
     head.export(model, job.out)
     metrics["train_draft.engine_difference"] = compare_with_engine(model, store, held_back, source, job.out)
@@ -130,7 +131,7 @@ def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequ
     unroller = Unroller(model.eagle_module, NUM_DRAFTS)
     answers = []
     for sequence in held_back:
-        batch = trainer.assemble([sequence], f32(store.compute([sequence])), model.model.embed_tokens.weight)
+        batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
         said = [to_target(model, logits[0].argmax(-1)) for logits in unroller.logits(batch)]
         right = [(tokens == batch.tokens_BR[0, step:]).tolist() for step, tokens in enumerate(said)]
         answers.append((sequence.domain, right))
@@ -140,10 +141,6 @@ def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequ
 def to_target(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     """Draft vocabulary ids as target ids."""
     return tokens + model.eagle_module.d2t[tokens] if hasattr(model.eagle_module, "d2t") else tokens
-
-
-def f32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -157,7 +154,7 @@ def compare_with_engine(
     unroller = Unroller(model.eagle_module, NUM_DRAFTS)
     worst = 0.0
     for sequence in held_back[:COMPARED]:
-        batch = trainer.assemble([sequence], f32(store.compute([sequence])), model.model.embed_tokens.weight)
+        batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
         ours = unroller.logits(batch)
         start, ids = sequence.prompt_tokens, list(sequence.token_ids)
         for row in {0, sequence.chains // 2}:

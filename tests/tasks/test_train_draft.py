@@ -107,16 +107,12 @@ def test_a_sequence_is_the_same_alone_and_padded(source: Path, answers: Path) ->
     store = features.FeatureStore(capture, answers / "features")
     sequences = data.read_answers(answers / "answers.jsonl", 64)[:5]
     unroller, embedding = Unroller(model.eagle_module, 3), model.model.embed_tokens.weight
-    together = unroller.logits(trainer.assemble(sequences, f32(store.compute(sequences)), embedding))
+    together = unroller.logits(trainer.assemble(sequences, store.compute(sequences), embedding))
     for i, sequence in enumerate(sequences):
-        alone = unroller.logits(trainer.assemble([sequence], f32(store.compute([sequence])), embedding))
+        alone = unroller.logits(trainer.assemble([sequence], store.compute([sequence]), embedding))
         for step in range(3):
             rows = sequence.chains - step
             torch.testing.assert_close(together[step][i, :rows], alone[step][0], rtol=1e-3, atol=1e-3)
-
-
-def f32(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def test_hand_written_gradients() -> None:
@@ -247,7 +243,7 @@ def test_stage_exports_what_the_engine_computes(
     assert config["draft_vocab_size"] == (vocab_size or 256)
     assert ("d2t" in tensors) == (vocab_size is not None)
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
-    assert metrics["train_draft.engine_difference"] < 0.02
+    assert metrics["train_draft.engine_difference"] < 0.002
     assert 1.0 <= metrics["acceptance.length"] <= 4.0
     assert list(pd.read_parquet(tmp_path / "out" / "curve.parquet").columns) == [
         "step",
