@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import AttentionInterface, AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -38,7 +39,8 @@ def reload(checkpoint: Path) -> Any:
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     with _no_init():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
+        architecture = getattr(transformers, config_dict["architectures"][0])
+        model = architecture._from_config(config, dtype=torch.float32, attn_implementation=ATTENTION)
     state = {}
     for name, tensor in tensors.items():
         if tensor.dtype == FP8:
@@ -46,7 +48,9 @@ def reload(checkpoint: Path) -> Any:
         elif not name.endswith("_scale"):
             state[name] = tensor.float()
     missing, unexpected = model.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = (
+        {n for n in missing if n.endswith("lm_head.weight")} if config.get_text_config().tie_word_embeddings else set()
+    )
     if set(missing) - tied or unexpected:
         raise KeyError(f"missing {sorted(set(missing) - tied)[:3]}, unexpected {sorted(unexpected)[:3]}")
     model.tie_weights()

@@ -30,13 +30,14 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     prompts = calibration_prompts(spec["calibration"], job.root)
     detectors.check_finite(calibrate.non_finite_tensors(source), "source checkpoint")
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     progress(0, 1, "load")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     limit = spec["calibration"].get("sequence_length") or 10**9
     sequences = [token_ids(tokenizer, prompt)[:limit] for prompt in prompts]
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    architecture = getattr(transformers, config["architectures"][0])
+    model = architecture.from_pretrained(source, dtype=torch.float32).eval()
     held_back, calibration = sequences[:HELD_BACK], sequences[HELD_BACK:]
     routed = calibrate.calibrate(model, recipe, calibration, progress)
     detectors.check_expert_tokens(routed)

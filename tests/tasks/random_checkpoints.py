@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Llama4TextConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    Llama4TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 DOMAINS = ("code", "extract", "facts", "math")
 TEMPLATE = (
@@ -54,6 +61,20 @@ def write_llama3(path: Path) -> Path:
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     return write_checkpoint(path, config)
+
+
+def write_multimodal(path: Path) -> Path:
+    """Llama 4 with a vision tower: the `language_model.` prefix, and parts that must stay unquantized."""
+    vision = dict(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28, patch_size=14,
+        vision_output_dim=64, projector_input_dim=64, projector_output_dim=64,
+    )  # fmt: skip
+    config = Llama4Config(text_config=llama4_config().to_dict(), vision_config=vision)
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    torch.manual_seed(0)
+    Llama4ForConditionalGeneration(config).bfloat16().save_pretrained(path)
+    write_tokenizer(path)
+    return path
 
 
 def write_tokenizer(path: Path) -> None:

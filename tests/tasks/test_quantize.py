@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from specs.errors import InputError, IntegrityError
 from tasks.job import Job, Progress
 from tasks.quantize import build, calibrate, export, reload, stage
-from tests.tasks.random_checkpoints import write_checkpoint, write_llama3, write_prompts
+from tests.tasks.random_checkpoints import write_checkpoint, write_llama3, write_multimodal, write_prompts
 
 RECIPE = "general/ptq/fp8_default-kv_fp8"
 
@@ -101,6 +101,15 @@ def test_a_damaged_export_does_not_pass_the_witness(built: tuple[Path, dict], tm
 def test_dense_llama3_simply_works(built: tuple[Path, dict], tmp_path: Path) -> None:
     metrics = build(make_job(built[0], write_llama3(tmp_path / "llama3"), tmp_path / "out"), Progress())
     assert metrics["quantize.tensors"] == 14
+
+
+def test_the_vision_tower_stays_bf16(built: tuple[Path, dict], tmp_path: Path) -> None:
+    build(make_job(built[0], write_multimodal(tmp_path / "vision"), tmp_path / "out"), Progress())
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["language_model.model.layers.1.feed_forward.experts.down_proj"].dtype == torch.float8_e4m3fn
+    kept = [name for name in tensors if name.startswith(("vision_model", "multi_modal_projector"))]
+    assert kept
+    assert all(tensors[name].dtype == torch.bfloat16 for name in kept)
 
 
 def test_a_starved_expert_stops_the_stage(built: tuple[Path, dict], tmp_path: Path) -> None:
