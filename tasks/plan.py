@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specs.errors import InputError
 from tasks.stages import REGISTRY, Stage
 from tasks.store import Found, Store
 from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of, why_build
@@ -91,6 +92,33 @@ def plan(
             sizes[stage.name] = row.disk_bytes
     memo.save()
     return Plan(view.name, store.uri, tuple(rows), _free_bytes(store.local.root))
+
+
+def why(
+    spec: Spec | SpecView,
+    store: Store,
+    name: str,
+    registry: Mapping[str, Stage] = REGISTRY,
+    code_root: Path = CODE_ROOT,
+) -> list[str]:
+    """Every component of a stage's key that differs from the spec's last build of it; what an unbuilt input adds."""
+    view, memo = view_of(spec), Memo(store.local)
+    if name not in registry:
+        raise InputError(f"no stage {name!r}", "", f"the stages are {', '.join(registry)}")
+    found = {row.stage: row for row in plan(view, store, registry, code_root).rows}
+    known = [other for other in registry[name].inputs if found[other].state == CACHED]
+    digests = {other: _digest(store, found[other]) for other in known}
+    parts = components(registry[name], view, digests, memo, code_root)
+    record = store.history(name, view.name)
+    own: Mapping[str, str] = (record or {"components": {}})["components"]
+    waiting = {f"input.{other}" for other in registry[name].inputs if other not in known}
+    words = changes({part: value for part, value in own.items() if part not in waiting}, parts) if record else []
+    return [found[name].reason, *words]
+
+
+def _digest(store: Store, row: Row) -> str:
+    manifest = store.inspect(row.stage, row.key).manifest
+    return manifest.digest if manifest else ""
 
 
 def _row(

@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "build_engine",
         inputs=("quantize", "train_draft"),
-        reads=("engine", "draft.method"),
+        reads=("engine", "draft.method", "draft.capture_layers"),
         packages=("numpy",),
         machine=("cpu_isa", "compiler", "gpu", "container"),
         entry="tasks.build_engine:build",
@@ -94,11 +94,12 @@ STAGES: tuple[Stage, ...] = (
         reads=("name", "deploy"),
         machine=("host",),
         entry="tasks.promote:build",
+        alive="tasks.promote:alive",
     ),
     Stage(
         "report",
         inputs=("quantize", "synthesize", "train_draft", "build_engine", "validate"),
-        uses=("deploy", "promote"),
+        uses=("download", "deploy", "promote"),
         reads=("name", "validate", "engine", "draft"),
         entry="tasks.report:build",
     ),

@@ -46,7 +46,7 @@ class Collected:
 def gc(store: Store, keep: int = 2, dry_run: bool = True) -> Collected:
     """Drop every artifact that no spec used in its last `keep` builds and that no pointer or lease names."""
     wanted = _used_lately(store, keep)
-    promised = " ".join(json.dumps(store.read_json(name)) for folder in POINTERS for name in store.list_json(folder))
+    promised = " ".join(_promises(store) + (_promises(store.local) if store.local is not store else []))
     leased = {lease["name"] for lease in store.leases()}
     garbage, num_kept = [], 0
     for manifest in store.entries():
@@ -106,6 +106,10 @@ def copy(source: Store, target: Store, places: Iterable[str] = ()) -> list[str]:
             push = getattr(target, "push", None)
             copied.append(target.artifact_uri(push(here) if push else here))
     return copied
+
+
+def _promises(store: Store) -> list[str]:
+    return [json.dumps(store.read_json(name)) for folder in POINTERS for name in store.list_json(folder)]
 
 
 def _used_lately(store: Store, keep: int) -> set[tuple[str, str]]:

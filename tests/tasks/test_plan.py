@@ -11,7 +11,7 @@ import resource
 import subprocess
 import sys
 
-from tasks.plan import Row, plan
+from tasks.plan import Row, plan, why
 from tasks.store import FileEntry, LocalStore, Manifest
 from tasks.store.keys import CODE_ROOT
 from tasks.store.manifest import MANIFEST, content_digest
@@ -60,6 +60,13 @@ def test_disk_needed_is_what_it_took_last_time(toy: Toy) -> None:
     size = toy.run().size_bytes
     toy.tree["toy"]["text"] = "other"
     assert rows(toy)["make"].disk_bytes == size
+
+
+def test_why_lists_every_change(toy: Toy) -> None:
+    toy.run()
+    toy.tree["toy"].update(text="other", act="none")
+    words = why(toy.view, toy.store, "make", toy.registry, toy.root)
+    assert words[1:] == ["toy.act  -> none", "toy.text hello -> other"]
 
 
 def test_plan_renders_as_json_and_text(toy: Toy) -> None:

@@ -5,6 +5,8 @@ Refuses to test a real stage. Run: `pytest tests/tasks/test_runner.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from specs.errors import InputError, StageFailed, StoreError
@@ -67,6 +69,13 @@ def test_failed_verdict_is_kept_but_measured_again(toy: Toy) -> None:
     again = toy.run()
     assert again.state == "built" and again.reason == "measured again, the last verdict was not a pass"
     assert toy.store.load(first.uri).cacheable is False
+
+
+def test_cached_artifact_that_is_no_longer_true_is_built_again(toy: Toy) -> None:
+    toy.registry["make"] = replace(toy.registry["make"], alive="toystages:alive")
+    toy.run()
+    (toy.root / "gone").touch()
+    assert toy.run().reason == "rebuild, the endpoint is gone"
 
 
 def test_missing_receipt_is_the_callers_error(toy: Toy) -> None:

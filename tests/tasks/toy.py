@@ -47,6 +47,9 @@ def make(job, progress):
     (job.out / ".scratch" / "half.bin").write_text("not published")
     return {"toy.length": len(toy["text"])}
 
+def alive(folder):
+    return "the endpoint is gone" if (folder.parents[3] / "gone").exists() else ""
+
 def join(job, progress):
     (job.out / "joined.txt").write_text((job.inputs["make"] / "a.txt").read_text() + job.spec["join"]["tail"])
     return {}
