@@ -17,11 +17,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-import boto3
 import botocore.exceptions as aws
-from boto3.exceptions import S3UploadFailedError
-from boto3.s3.transfer import TransferConfig
-from botocore.config import Config
 
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
 from tasks.store.manifest import FileEntry
@@ -41,6 +37,9 @@ _R = TypeVar("_R")
 
 def connect() -> Any:
     """A client with patience for a busy server and none for a silent one."""
+    import boto3  # half a second: only for whoever does talk to a bucket
+    from botocore.config import Config
+
     retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
     config = Config(retries=retries, connect_timeout=10, read_timeout=30, max_pool_connections=4 * NUM_FILES_AT_ONCE)
     with s3_errors("s3://"):
@@ -56,14 +55,12 @@ def s3_errors(where: str) -> Iterator[None]:
         raise _client_error(error, where) from error
     except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.NoRegionError, aws.ProfileNotFound) as error:
         raise StoreError(str(error).rstrip("."), where, "set AWS credentials and region as for any AWS tool") from error
-    except S3UploadFailedError as error:
-        raise _upload_error(error, where) from error
     except (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError) as error:
         fix = "check the network and the endpoint, then run again"
         raise NetworkError(f"the bucket did not answer ({type(error).__name__})", where, fix) from error
 
 
-def _upload_error(error: S3UploadFailedError, where: str) -> KilotokError:
+def _upload_error(error: Exception, where: str) -> KilotokError:
     """boto3 wraps an upload's own error; the one inside says whether trying again makes sense."""
     if isinstance(error.__context__, aws.ClientError):
         return _client_error(error.__context__, where)
@@ -148,13 +145,18 @@ class Blobs:
         return dropped
 
     def _upload_one(self, folder: Path, file: FileEntry) -> None:
+        from boto3.exceptions import S3UploadFailedError
+        from boto3.s3.transfer import TransferConfig
+
         where = f"s3://{self._bucket}/{self.key(file.sha256)}"
         with s3_errors(where):
             if self._has(file):
                 return
             config = TransferConfig(multipart_chunksize=_part_bytes(file.size), max_concurrency=4)
-            source = str(folder / file.path)
-            self._client.upload_file(source, self._bucket, self.key(file.sha256), Config=config)
+            try:
+                self._client.upload_file(str(folder / file.path), self._bucket, self.key(file.sha256), Config=config)
+            except S3UploadFailedError as error:
+                raise _upload_error(error, where) from error
 
     def _has(self, file: FileEntry) -> bool:
         try:
