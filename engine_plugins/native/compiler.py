@@ -28,6 +28,7 @@ ISA_FLAGS = {
                "-mprefer-vector-width=512"),
 }
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall")
+_compiled: dict[str, bytes] = {}
 
 
 def source_files() -> list[Path]:
@@ -74,6 +75,11 @@ def compile_library(out: Path) -> Path | None:
         reason = "no C++ compiler was found" if compiler is None else "this CPU has no AVX2, FMA and F16C"
         warnings.warn(f"{reason}: the bundle will run on the slow reference engine", stacklevel=2)
         return None
+    out.mkdir(parents=True, exist_ok=True)
+    digest = source_digest()
+    if digest in _compiled:  # one process builds several bundles in tests and sweeps
+        (out / LIBRARY).write_bytes(_compiled[digest])
+        return out / LIBRARY
     with tempfile.TemporaryDirectory() as scratch:
         units = [(SOURCES / "step.cpp", isa, (*flags, f"-DKILOTOK_ISA={isa}")) for isa, flags in ISA_FLAGS.items()]
         units.append((SOURCES / "api.cpp", "api", ("-mno-avx",)))
@@ -82,8 +88,8 @@ def compile_library(out: Path) -> Path | None:
               for (source, _, flags), target in zip(units, objects)])
         linked = os.path.join(scratch, LIBRARY)
         _run([[compiler, "-shared", "-o", linked, *objects, "-lpthread"]])
-        out.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(linked, out / LIBRARY)
+        _compiled[digest] = Path(linked).read_bytes()
     return out / LIBRARY
 
 

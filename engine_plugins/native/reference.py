@@ -65,6 +65,7 @@ class ReferenceModel:
     def __init__(self, config: ModelConfig, tensors: TensorSource) -> None:
         self.config, self.tensors = config, tensors
         self.draft: DraftReference | None = None
+        self.cache_bfloat16 = False  # keep K and V as the engine's BF16 cache does, instead of fp32
         self.inv_freq = torch.tensor(self.config.rope_inv_freq)
         self.embed = self._tensor("model.embed_tokens.weight")
         head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -109,6 +110,8 @@ class ReferenceModel:
             qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
             temperature=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None)
         k, v = fake_quantize_e4m3(k, layer["k_scale"]), fake_quantize_e4m3(v, layer["v_scale"])
+        if self.cache_bfloat16:
+            k, v = k.bfloat16().float(), v.bfloat16().float()
         chunk = config.attention_chunk_size if rope else 0
         return layer["o"](attention_decode(q, k, v, position_T, chunk).flatten(1))
 
@@ -167,6 +170,8 @@ class DraftReference:
         q, k, v = qkv_attn_scaling(
             x, Linear(w["self_attn.q_proj"]), Linear(w["self_attn.k_proj"]), Linear(w["self_attn.v_proj"]), position_T,
             head_dim=config.head_dim, inv_freq=self.inv_freq, interleaved=False, qk_norm_eps=None, temperature=None)
+        if self.target.cache_bfloat16:
+            k, v = k.bfloat16().float(), v.bfloat16().float()
         hidden_TH = hidden_TH + attention_decode(q, k, v, position_T).flatten(1) @ w["self_attn.o_proj"].T
         x = rmsnorm(hidden_TH, w["post_attention_layernorm"], eps)
         gated = F.silu(x @ w["mlp.gate_proj"].T) * (x @ w["mlp.up_proj"].T)

@@ -170,6 +170,7 @@ class ReferenceBackend:
 
     def __init__(self, bundle: Bundle, draft_tokens: int, forced_acceptance: float | None) -> None:
         self._model = ReferenceModel(bundle.config, unpack_target(bundle))
+        self._model.cache_bfloat16 = self._model.layers[0]["k_scale"] is None  # as the compiled engine's cache
         if bundle.draft:
             self._model.draft = DraftReference(bundle.draft, unpack_draft(bundle), self._model)
         self._bundle, self._k, self._forced = bundle, draft_tokens, forced_acceptance
