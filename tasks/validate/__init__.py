@@ -155,7 +155,7 @@ class _Validation:
 
         self.step(1)
         endpoint = self.endpoint(base_url)
-        one_in_flight(endpoint, self.warm_up())
+        self.warm_up(endpoint)
         before = self.counters(endpoint)
         total = len(self.asks)
         alone = one_in_flight(endpoint, self.asks, lambda done: self.progress(1 + done / total, len(STEPS), STEPS[1]))
@@ -175,20 +175,26 @@ class _Validation:
 
         self.step(3)
         endpoint = self.endpoint(base_url)
-        one_in_flight(endpoint, self.warm_up())
+        self.warm_up(endpoint)
         rows = one_in_flight(endpoint, self.asks[:BASELINE_REQUESTS])
         self.metrics.update(profiles.latency_metrics(rows, "baseline"))
         self.findings["source"] = profiles.findings(rows)
         return rows
 
-    def warm_up(self) -> list[Any]:
-        """Prompts the measured run does not send, when there are any left."""
-        from specs.errors import InputError
+    def warm_up(self, endpoint: Any) -> None:
+        """With prompts the measured run does not send, if any are left. Raises NetworkError when one has no answer."""
+        from specs.errors import InputError, NetworkError
+        from tasks.validate.load import one_in_flight
 
         try:
-            return self.choose(WARM_UP_REQUESTS, len(self.asks))
+            asks = self.choose(WARM_UP_REQUESTS, len(self.asks))
         except InputError:
-            return self.asks[-WARM_UP_REQUESTS:]
+            asks = self.asks[-WARM_UP_REQUESTS:]
+        for ask in asks:
+            (row,) = one_in_flight(endpoint, [ask])
+            if not row["ok"]:
+                what = f"the endpoint does not answer a request: {row['findings']} (status {row['status']})"
+                raise NetworkError(what, endpoint.base_url, "look at the server's log")
 
     def counters(self, endpoint: Any) -> dict[str, float]:
         from tasks.validate.load import fetch

@@ -70,7 +70,9 @@ def baseline_name(metric: str) -> str:
 
 
 def unit_of(metric: str) -> str:
-    return next((unit for part, unit in UNITS if metric.endswith(part) or (part[0] not in "._" and part in metric)), "")
+    """Of `latency.ttft_ms.p50`: ms. Empty when the name does not tell."""
+    name = re.sub(r"\.p\d+$", "", metric)
+    return next((unit for part, unit in UNITS if name.endswith(part) or (part[0] not in "._" and part in name)), "")
 
 
 def _judge_one(

@@ -21,6 +21,7 @@ from tasks.validate.client import Ask, Endpoint, Exchange, Link, measure, send
 from tasks.validate.wire import HttpReply, RawReply, clock, parse_reply
 
 RAW_LIMIT_BYTES = 256 << 20  # unparsed replies kept in memory; beyond it they are parsed during the run
+GIVE_UP_AFTER = 3  # requests in a row without a whole reply
 Rows = list[dict[str, Any]]
 OnDone = Callable[[int], None]
 
@@ -32,16 +33,22 @@ class _Collector:
         self.endpoint, self.profile, self.on_done = endpoint, profile, on_done
         self.pending: list[Exchange] = []
         self.rows: Rows = []
-        self.held_bytes, self.finished = 0, 0
+        self.held_bytes, self.finished, self.failed_in_a_row = 0, 0, 0
 
     def add(self, exchange: Exchange) -> None:
         self.pending.append(exchange)
         self.held_bytes += len(exchange.raw.blob)
         self.finished += 1
+        self.failed_in_a_row = self.failed_in_a_row + 1 if exchange.raw.error else 0
         if self.on_done:
             self.on_done(self.finished)
         if self.held_bytes > RAW_LIMIT_BYTES:
             self.parse()
+
+    @property
+    def hopeless(self) -> bool:
+        """A dead server would otherwise cost its time limit once per prompt."""
+        return self.failed_in_a_row >= GIVE_UP_AFTER
 
     def parse(self) -> Rows:
         self.rows += [measure(exchange, self.endpoint.count, self.profile) for exchange in self.pending]
@@ -62,7 +69,7 @@ def parallel_users(
     queue = list(reversed(asks))
 
     async def user(number: int, link: Link) -> None:
-        while queue:
+        while queue and not collector.hopeless:
             collector.add(await send(endpoint, queue.pop(), link, user=number))
 
     async def run() -> None:
@@ -95,6 +102,8 @@ def open_loop(
     async def run() -> None:
         room, running, due = asyncio.Semaphore(max_in_flight), [], clock()
         for ask in asks:
+            if collector.hopeless:
+                break
             due += gaps.expovariate(rate_per_s)
             await asyncio.sleep(max(due - clock(), 0))
             running.append(asyncio.create_task(one(ask, due, room)))

@@ -105,7 +105,12 @@ def test_stopping_early_never_changes_the_outcome() -> None:
 
 
 # -- the record: BF16 -> FP8, as published; sizes of the benchmarks, one pass each
-RECORD = {"livecodebench": (315, 0.397, 0.383), "aime24": (30, 0.39, 0.40), "gpqa": (198, 0.671, 0.686), "math500": (500, 0.889, 0.876)}  # fmt: skip
+RECORD = {
+    "livecodebench": (315, 0.397, 0.383),
+    "aime24": (30, 0.39, 0.40),
+    "gpqa": (198, 0.671, 0.686),
+    "math500": (500, 0.889, 0.876),
+}
 
 
 def test_a_one_point_threshold_misjudges_the_record() -> None:
