@@ -10,10 +10,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specs.errors import GateFailed, InputError, KilotokError
+from specs.errors import GateFailed, InputError, KilotokError, LockError
 
 DEFAULT_STORE = ".kilotok/store"
 
@@ -62,6 +63,18 @@ def parser() -> argparse.ArgumentParser:
     report_.add_argument("name", nargs="?", metavar="SPEC", help="path or name of a spec")
     report_.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two build ids")
     verb("doctor", doctor, "check this machine: compiler, memory, disk, ports, GPU, Prefect", spec=False, as_json=True)
+    why_ = verb("why", why, "every component of a stage's key that differs from its last build")
+    why_.add_argument("stage", metavar="STAGE")
+    for name, function, text in (("verify", verify, "rehash an artifact, check its signature and its lineage"), ("lineage", lineage, "an artifact and what it was made from")):
+        verb(name, function, text, spec=False).add_argument("uri", metavar="URI", help="as printed by `kilotok store ls`")
+    diff_ = verb("diff", diff, "what changed between two artifacts, in words", spec=False)
+    diff_.add_argument("artifacts", nargs=2, metavar=("A", "B"))
+    gc_ = verb("gc", gc, "what is no longer needed; a dry run unless --delete", spec=False)
+    gc_.add_argument("--keep", type=int, default=2, metavar="N", help="builds to keep per spec (default 2)")
+    gc_.add_argument("--delete", action="store_true", help="really delete")
+    store_ = verb("store", store, "list artifacts, sum sizes, copy to or from another store", spec=False)
+    store_.add_argument("action", choices=("ls", "du", "pull", "push"))
+    store_.add_argument("other", nargs="?", metavar="URI", help="the other store, for pull and push")
     verb("drain", drain, "finish what runs and stop the deployment of a spec")
     verb("rollback", rollback, "bring the previous deployment of a spec back")
     return top
@@ -72,10 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
     from flows.local_server import prefect_server
     from flows.terminal import Terminal, verdict_lines
     from specs.load import load_spec
+    from specs.lock import check_lock, read_lock
     from tasks.build import new_build_id
     from tasks.store import open_store
 
     spec = load_spec(Path(arguments.spec), arguments.overrides)  # before a server is started for a typo
+    check_lock(spec, read_lock(spec))
     store, build_id = open_store(arguments.store), new_build_id()
     terminal = Terminal()
     terminal.say(f"[bold]kilotok[/] {spec.name}  build {build_id}")
@@ -103,13 +118,98 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Keys, hits, misses and reasons; stats files, reads none."""
+    """Keys, hits, misses and reasons; stats files, reads none. A trtllm spec also shows how its server will be started."""
     from specs.load import load_spec
+    from specs.lock import check_lock, read_lock
     from tasks.plan import plan as make_plan
     from tasks.store import open_store
 
-    planned = make_plan(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store))
-    print(json.dumps(planned.to_dict(), indent=2) if arguments.as_json else planned.to_text())
+    spec = load_spec(Path(arguments.spec), arguments.overrides)
+    found: dict[str, Any] = {"lock": "ok"}
+    try:
+        check_lock(spec, read_lock(spec))
+    except LockError as error:  # a plan is also for what cannot run yet
+        found["lock"] = str(error)
+    planned = make_plan(spec, open_store(arguments.store))
+    text = planned.to_text() + (f"\n  lock {found['lock']}" if found["lock"] != "ok" else "")
+    if spec.engine.backend == "trtllm":
+        from engine_plugins.trtllm.render import render
+        from engine_plugins.trtllm.kernels import record_kernels
+
+        kernels = [asdict(kernel) for kernel in record_kernels(spec)]
+        found["engine"] = {"rendered": render(spec).to_dict(), "kernels": kernels}
+        text += "\n\n  kernels of the record at this shape\n"
+        text += "\n".join(f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels)
+    print(json.dumps({**planned.to_dict(), **found}, indent=2) if arguments.as_json else text)
+    return 0
+
+
+def why(arguments: argparse.Namespace) -> int:
+    """The same reason as in the plan, then each component that differs."""
+    from specs.load import load_spec
+    from tasks.plan import why as explain
+    from tasks.store import open_store
+
+    print("\n  ".join(explain(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store), arguments.stage)))
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Exit 1 when anything is wrong, naming each bad file."""
+    from tasks.attest import trusted_keys
+    from tasks.provenance import verify as check
+    from tasks.store import open_store
+
+    verdict = check(open_store(arguments.store), arguments.uri, trusted_keys(Path.cwd()))
+    print(verdict.to_text())
+    return 1 if verdict.wrong else 0
+
+
+def lineage(arguments: argparse.Namespace) -> int:
+    """A tree back to the source."""
+    from tasks.provenance import lineage as ancestors
+    from tasks.provenance import lineage_text
+    from tasks.store import open_store
+
+    print(lineage_text(ancestors(open_store(arguments.store), arguments.uri)))
+    return 0
+
+
+def diff(arguments: argparse.Namespace) -> int:
+    """One line per difference."""
+    from tasks.provenance import diff as compare_artifacts
+    from tasks.store import open_store
+
+    print("\n".join(compare_artifacts(open_store(arguments.store), *arguments.artifacts)) or "no difference")
+    return 0
+
+
+def gc(arguments: argparse.Namespace) -> int:
+    """Never a live, promoted or leased artifact."""
+    from tasks.store import open_store
+    from tasks.store.upkeep import gc as collect_garbage
+
+    print(collect_garbage(open_store(arguments.store), arguments.keep, dry_run=not arguments.delete).to_text())
+    return 0
+
+
+def store(arguments: argparse.Namespace) -> int:
+    """ls: one line per artifact. du: bytes by stage. push and pull: copy what the other side lacks."""
+    from tasks.store import open_store, upkeep
+
+    here = open_store(arguments.store)
+    if arguments.action == "ls":
+        for row in upkeep.listing(here):
+            print(f"{row['created'][:19]}  {row['size_bytes'] / 1e6:12.1f} MB  {row['uri']}{'' if row['usable'] else '  (not a pass)'}")
+    elif arguments.action == "du":
+        for stage, (count, size) in upkeep.usage(here).items():
+            print(f"{stage:<14} {count:4d} artifacts {size / 1e6:12.1f} MB")
+    else:
+        if not arguments.other:
+            raise InputError(f"store {arguments.action} needs the other store", "URI", f"kilotok store {arguments.action} s3://bucket/prefix")
+        there = open_store(arguments.other)
+        pair = (here, there) if arguments.action == "push" else (there, here)
+        print("\n".join(upkeep.copy(*pair)) or "nothing to copy")
     return 0
 
 

@@ -55,6 +55,12 @@ class Build:
         self.receipts[stage] = receipt
         return receipt
 
+    def discard_candidate(self) -> None:
+        """What failed its gates is stopped; what was live stays live."""
+        from tasks.deployment import discard
+
+        discard(self.store, self.spec.name)
+
     def outcome(self) -> Mapping[str, Any]:
         """validate's verdict.json: {"verdict": ..., "gates": [...]}."""
         import json

@@ -51,6 +51,8 @@ def _trtllm(job: Job, progress: Progress) -> dict[str, float]:
     rendered = render(job.spec)
     _link_tree(job.inputs["quantize"], job.out / "checkpoint")
     _link_tree(job.inputs["train_draft"], job.out / "draft")
+    # JSON is YAML: the server reads this file, people read launch.json beside it.
+    (job.out / "args.yaml").write_text(json.dumps(rendered.args_yaml, indent=2, sort_keys=True) + "\n")
     launch = {"argv": rendered.argv, "env": rendered.env, "args": rendered.args_yaml, "version": job.spec["engine"]["version"]}
     (job.out / "launch.json").write_text(json.dumps(launch, indent=2, sort_keys=True) + "\n")
     progress(1, 1, "rendered")

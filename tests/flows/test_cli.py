@@ -66,7 +66,7 @@ def test_plan_answers_at_once(tmp_path: Path) -> None:
     started = time.monotonic()
     result = kilotok("plan", TINY, "--store", str(tmp_path), "--json")
     seconds = time.monotonic() - started
-    assert [row["stage"] for row in json.loads(result.stdout)["stages"]][:2] == ["download", "quantize"]
+    assert [row["stage"] for row in json.loads(result.stdout)["rows"]][:2] == ["download", "quantize"]
     assert seconds < 2.0, f"{seconds:.2f} s"  # the bench holds 0.5 s on an idle machine; a test shares its cores
 
 
