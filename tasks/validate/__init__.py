@@ -43,7 +43,9 @@ def build(job: Job, progress: Progress, serve: Serve | None = None, source: Sour
     from tasks.validate.reference import source_server
 
     if serve is None:
-        from tasks.deployment import ensure_running as serve
+        from tasks.deployment import ensure_running
+
+        serve = ensure_running
     return _Validation(job, progress).run(serve, source or source_server)
 
 
