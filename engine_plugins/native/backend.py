@@ -44,7 +44,7 @@ def default_threads() -> int:
 
 def open_backend(
     bundle: Bundle, *, draft_tokens: int, prefill_rows: int, threads: int | None, forced_acceptance: float | None,
-    isa: str | None,
+    isa: str | None, row_budget: int,
 ) -> Backend:
     """The compiled backend when the bundle has one."""
     if bundle.library is None:
@@ -54,4 +54,5 @@ def open_backend(
     from engine_plugins.native.native_backend import NativeBackend
 
     return NativeBackend(bundle, draft_tokens=draft_tokens, prefill_rows=prefill_rows,
-                         threads=threads or default_threads(), forced_acceptance=forced_acceptance, isa=isa)
+                         threads=threads or default_threads(), forced_acceptance=forced_acceptance, isa=isa,
+                         row_budget=row_budget)

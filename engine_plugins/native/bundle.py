@@ -66,8 +66,8 @@ def _sha256(path: Path) -> str:
 def _check_limits(config: ModelConfig, draft_tokens: int, max_seq_len: int, max_batch_size: int, has_draft: bool) -> None:
     if config.head_dim % 16 or config.head_dim > 256:
         raise InputError(f"head_dim {config.head_dim} is outside the contract", "attention_decode", "16..256, a multiple of 16")
-    if config.hidden_size % 2:
-        raise InputError(f"hidden_size {config.hidden_size} is odd", "gemm_low_latency", "use an even size")
+    if config.hidden_size % 16:
+        raise InputError(f"hidden_size {config.hidden_size} is outside the contract", "gemm_low_latency", "a multiple of 16")
     if not 0 <= draft_tokens <= 15:
         raise InputError(f"draft_tokens={draft_tokens} is outside the contract", "verify", "0..15")
     if draft_tokens and not has_draft:

@@ -89,13 +89,15 @@ class Request:
 
 
 class Engine:
-    """One bundle, ready to generate. `submit` and `cancel` may be called from any thread; `step` from one at a time."""
+    """One bundle, ready to generate. With many running slots fewer tokens are drafted (slots * (1 + drafts) <= row_budget).
+    `submit` and `cancel` may be called from any thread; `step` from one at a time."""
 
     PREFILL_CHUNK = 128
 
     def __init__(
         self, bundle_path: Path | str, *, threads: int | None = None, speculate: bool = True,
         forced_acceptance: float | None = None, verify_digests: bool = True, isa: str | None = None,
+        row_budget: int = 16,
     ) -> None:
         self.bundle = load_bundle(Path(bundle_path), verify=verify_digests)
         self.config = self.bundle.config
@@ -105,7 +107,7 @@ class Engine:
         self.forced_acceptance = forced_acceptance
         self.backend: Backend = open_backend(
             self.bundle, draft_tokens=self.draft_tokens, prefill_rows=self.PREFILL_CHUNK, threads=threads,
-            forced_acceptance=forced_acceptance, isa=isa)
+            forced_acceptance=forced_acceptance, isa=isa, row_budget=row_budget)
         self.tokenizer = ChatTokenizer(self.bundle.path)
         self.max_seq_len = self.bundle.max_seq_len
         self._eos = frozenset(self.config.eos_token_ids)
@@ -238,7 +240,7 @@ class Engine:
         if reason is None and len(kept) == limit:
             reason = "length"
         request.output_ids.extend(kept)
-        if proposed:
+        if proposed == self.draft_tokens > 0:  # fewer under load or at the end of the cache: not a sample of acceptance
             request.cycles += 1
             for i in range(min(len(kept), len(tokens) - 1)):
                 request.accepted_by_position[i] += 1

@@ -7,6 +7,7 @@ Run it: `python -m engine_plugins.native.bench --bundle DIR`.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ def open_library(path: str) -> ctypes.CDLL:
     lib.kt_counters.argtypes, lib.kt_free.argtypes, lib.kt_share_lm_head.argtypes = [p, p, p], [p], [p]
     lib.kt_gemm_new.restype, lib.kt_gemm_new.argtypes = p, [p, p, i, i, i, p, f]
     lib.kt_gemm.argtypes = [p, p, p, i, p]
+    lib.kt_read.restype, lib.kt_read.argtypes = f, [p, p]
     return lib
 
 
@@ -60,7 +62,7 @@ class NativeBackend:
 
     def __init__(
         self, bundle: Bundle, *, draft_tokens: int, prefill_rows: int, threads: int, forced_acceptance: float | None,
-        isa: str | None,
+        isa: str | None, row_budget: int,
     ) -> None:
         slots, k = bundle.max_batch_size, draft_tokens
         rows = prefill_rows + slots * (k + 1)
@@ -70,8 +72,9 @@ class NativeBackend:
         if isa not in ISA_CODES:
             raise InputError(f"isa {isa!r}", "engine", f"one of {', '.join(str(x) for x in ISA_CODES)}")
         self._bundle, self._k, self._rows, self._threads = bundle, k, rows, threads
+        self._check_memory()
         self._lib = open_library(str(bundle.library))
-        self._handle = self._create(threads, forced_acceptance or 0.0, ISA_CODES[isa])
+        self._handle = self._create(threads, forced_acceptance or 0.0, ISA_CODES[isa], row_budget)
         self._isa = self._lib.kt_isa(self._handle).decode()
         self._load_target(Tensors(bundle.path / "weights.safetensors"))
         if bundle.draft:
@@ -83,7 +86,21 @@ class NativeBackend:
                             out_proposed=self._out_proposed.ctypes.data, decode_slot=self._slots.ctypes.data)
         self._io_pointer = ctypes.addressof(self._io)
 
-    def _create(self, threads: int, forced_acceptance: float, isa: int) -> int:
+    def _check_memory(self) -> None:
+        b, c = self._bundle, self._bundle.config
+        weights = sum(f.stat().st_size for f in b.path.glob("*.safetensors"))
+        cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * b.max_seq_len * b.max_batch_size * (1 if self._fp8_cache() else 2)
+        try:
+            pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            with open("/proc/meminfo", encoding="ascii") as lines:
+                free = next((int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable")), pages)
+        except (OSError, ValueError):
+            return  # unknown: let the allocation speak
+        if weights + cache > free:
+            raise InputError(f"weights and KV cache need {(weights + cache) / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+                             "engine.max_batch_size", "lower max_batch_size or max_seq_len, or use a larger machine")
+
+    def _create(self, threads: int, forced_acceptance: float, isa: int, row_budget: int) -> int:
         b, c, d = self._bundle, self._bundle.config, self._bundle.draft
         widths = [c.intermediate_size_mlp, c.intermediate_size] + ([d.intermediate_size] if d else [])
         ints = _ints([
@@ -91,7 +108,7 @@ class NativeBackend:
             max(16, b.max_batch_size * (self._k + 1)), b.max_batch_size, b.max_seq_len, c.num_heads, c.num_kv_heads, c.head_dim,
             c.attention_chunk_size, int(self._fp8_cache()), int(c.use_qk_norm), int(c.attn_temperature_tuning), threads,
             max(round_up(w, 16) for w in widths), int(d is not None), d.num_heads if d else 0, d.num_kv_heads if d else 0,
-            d.head_dim if d else 0, d.draft_vocab_size if d else 0, int(d.normalize_hidden_twice) if d else 0, isa])
+            d.head_dim if d else 0, d.draft_vocab_size if d else 0, int(d.normalize_hidden_twice) if d else 0, isa, row_budget])
         floats = np.array([c.rms_norm_eps, forced_acceptance, c.floor_scale, c.attn_scale, d.rms_norm_eps if d else 0.0], np.float32)
         freq = np.array(c.rope_inv_freq, np.float32)
         draft_freq = np.array(d.rope_inv_freq if d else [0.0], np.float32)

@@ -43,12 +43,12 @@ def test_nan_weights_are_refused_by_name(broken: Callable[..., Path], tmp_path: 
     name = "model.layers.3.feed_forward.experts.down_proj"
     checkpoint = broken("tiny", lambda t: t[name].view(-1).__setitem__(7, value))
     with pytest.raises(IntegrityError, match=f"{name} holds NaN"):
-        build_bundle(checkpoint, tmp_path / "out")
+        build_bundle(checkpoint, tmp_path / "out", max_seq_len=64)
 
 
 def test_a_missing_tensor_is_named(broken: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="self_attn.k_proj.weight is missing"):
-        build_bundle(broken("tiny", lambda t: t.pop("model.layers.2.self_attn.k_proj.weight")), tmp_path / "out")
+        build_bundle(broken("tiny", lambda t: t.pop("model.layers.2.self_attn.k_proj.weight")), tmp_path / "out", max_seq_len=64)
 
 
 def test_a_truncated_file_is_refused(models: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_truncated_file_is_refused(models: Path, tmp_path: Path) -> None:
     file = tmp_path / "tiny" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(IntegrityError, match="cut short"):
-        build_bundle(tmp_path / "tiny", tmp_path / "out")
+        build_bundle(tmp_path / "tiny", tmp_path / "out", max_seq_len=64)
 
 
 def test_a_missing_shard_is_named(models: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_missing_shard_is_named(models: Path, tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (tmp_path / "tiny" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(IntegrityError, match="model-00002-of-00002.safetensors is missing"):
-        build_bundle(tmp_path / "tiny", tmp_path / "out")
+        build_bundle(tmp_path / "tiny", tmp_path / "out", max_seq_len=64)
 
 
 def test_a_draft_map_that_is_no_bijection_is_refused(broken: Callable[..., Path], models: Path, tmp_path: Path) -> None:

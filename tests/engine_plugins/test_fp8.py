@@ -26,7 +26,8 @@ def test_exported_layer_computes_what_modelopt_computed(fp8_checkpoint: Path, pa
     given, expected = calls[f"model.layers.1.{part}"]
     layer = ReferenceModel.from_checkpoint(fp8_checkpoint).layers[1]
     linear = {"self_attn.q_proj": layer["q"], "self_attn.o_proj": layer["o"]}.get(part, layer["mlp"][2])
-    difference = (linear(given[0]) - expected.reshape(given.shape[1], -1)).abs()
+    rows = given.reshape(-1, given.shape[-1])
+    difference = (linear(rows) - expected.reshape(len(rows), -1)).abs()
     assert difference.mean() < 1e-4  # a rare tie of rounding; a wrong scale gives 1e-2
 
 
@@ -63,7 +64,7 @@ def test_engine_agrees_with_modelopts_model(fp8_checkpoint: Path, fp8_bundle: Pa
     ours = torch.from_numpy(open_engine(fp8_bundle).logits(record["ids"]))
     theirs = record["logits"]
     kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
-    assert kl[:5].max() < 1e-4  # before the first tie falls the other way
+    assert kl[:2].max() < 1e-5  # before the first tie falls the other way
     assert kl.mean() < 0.02
 
 

@@ -103,3 +103,9 @@ def test_generation_up_to_the_last_position(bundles: Path, open_engine: Callable
     slow = open_engine(bundles / "tiny", speculate=False).generate([prompt], params)[0]
     assert fast.token_ids == slow.token_ids
     assert (len(fast.token_ids), fast.finish_reason) == (26, "length")
+
+
+def test_drafting_less_under_load_does_not_change_greedy_output(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    outputs = [[c.token_ids for c in open_engine(bundles / "tiny", row_budget=budget).generate(prompts, params)] for budget in (4, 8, 64)]
+    assert outputs[0] == outputs[1] == outputs[2]

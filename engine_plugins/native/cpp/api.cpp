@@ -54,7 +54,7 @@ class Arena {
     char* block = static_cast<char*>(mmap(nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (block == MAP_FAILED) {
       fprintf(stderr, "kilotok: out of memory (%zu bytes)\n", size);
-      abort();  // Python checked the size against free memory before
+      abort();  // native_backend.py checks the size against free memory first
     }
     blocks_.push_back({block, size + huge});
     at_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block) + huge - 1) / huge * huge);
@@ -139,7 +139,7 @@ Matrix make_matrix(Handle* h, const void* data, int dtype, int count, int n, int
 
 // ints: layers, hidden, vocab, experts, captures, drafts, max_rows, max_logit_rows, slots, max_seq, heads, kv_heads, head_dim,
 // chunk, fp8 cache, qk_norm, temperature tuning, threads, gated width, has draft, draft heads, draft kv heads, draft head_dim,
-// draft vocab, normalize twice, isa (0 best, 2 avx2, 5 avx512). floats: eps, forced acceptance, floor_scale, attn_scale, draft eps.
+// draft vocab, normalize twice, isa (0 best, 2 avx2, 5 avx512), row budget. floats: eps, forced acceptance, floor_scale, attn_scale, draft eps.
 KT_API void* kt_new(const int32_t* ints, const float* floats, const float* inv_freq, const float* draft_inv_freq) {
   Handle* h = new Handle;
   Engine& e = h->e;
@@ -152,6 +152,7 @@ KT_API void* kt_new(const int32_t* ints, const float* floats, const float* inv_f
   rope_tables(h, e.attention, inv_freq);
   e.gated_stride = i[18];
   e.has_draft = i[19];
+  e.row_budget = i[26];
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
   const bool fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -312,4 +313,11 @@ KT_API int kt_gemm(void* handle, const void* matrix, const float* x, int rows, f
   if (size_t(rows) * m.k > h->e.scratch_floats || rows > kMaxRows) return -1;
   h->table->gemm(h->e, m, x, rows, y);
   return 0;
+}
+
+// Reads `bytes` of memory with all threads; benches divide by the time. The bytes are a matrix's, from kt_gemm_new.
+KT_API float kt_read(void* handle, const void* matrix) {
+  Handle* h = static_cast<Handle*>(handle);
+  const Matrix& m = *static_cast<const Matrix*>(matrix);
+  return h->table->read(h->e, m.data, size_t(m.n) * m.k * (m.dtype == kFp8 ? 1 : 2));
 }

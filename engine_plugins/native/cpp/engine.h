@@ -75,7 +75,7 @@ struct Rows {  // what one forward pass works on
 struct Pool;
 
 struct Engine {
-  int num_layers, hidden, vocab, num_experts, num_captures, num_drafts, max_rows, max_logit_rows, max_slots, max_seq;
+  int num_layers, hidden, vocab, num_experts, num_captures, num_drafts, draft_limit, row_budget, max_rows, max_logit_rows, max_slots, max_seq;
   float eps, forced_acceptance;
   Layer* layers;
   const float* norm;
@@ -115,6 +115,7 @@ struct StepTable {
   void (*cycle)(Engine&, const CycleIO&);
   void (*forced)(Engine&, int slot, const int32_t* tokens, int count, int what, float* out);
   void (*gemm)(Engine&, const Matrix&, const float* x, int rows, float* y);
+  float (*read)(Engine&, const uint8_t* data, size_t bytes);  // the roof: reads everything, computes nothing
 };
 
 // Runs fn(context, chunk, thread) for every chunk; returns when all are done. Chunk claims are dynamic: a thread that the

@@ -36,7 +36,7 @@ static void choose_draft(Engine& e, Slot& s, int step, const float* logits, int 
 
 static int room_for_drafts(const Engine& e, const Slot& s) {
   const int room = e.max_seq - 1 - s.position;
-  return room < e.num_drafts ? (room > 0 ? room : 0) : e.num_drafts;
+  return room < e.draft_limit ? (room > 0 ? room : 0) : e.draft_limit;
 }
 
 // Chain steps: one row per slot that still has room; each eats the hidden state of the step before.
@@ -108,6 +108,10 @@ static void cycle(Engine& e, const CycleIO& io) {
       add_row(rows, io.prefill_slot[i], io.prefill_position[i] + t, token[0]);
     }
   const int prefill_rows = rows.count;
+  // With many slots the step is bound by arithmetic, and a drafted row costs as much as a sure one: draft less. The draft's
+  // cache still gets its rows, so that drafting resumes when the load falls.
+  const int fair = io.num_decodes ? e.row_budget / io.num_decodes - 1 : e.num_drafts;
+  e.draft_limit = fair >= e.num_drafts ? e.num_drafts : fair > 0 ? fair : 0;
   for (int i = 0; i < io.num_decodes; ++i) {
     const Slot& s = e.slots[io.decode_slot[i]];
     e.cycle_first[i] = rows.count;
@@ -124,7 +128,8 @@ static void cycle(Engine& e, const CycleIO& io) {
     Slot& s = e.slots[io.decode_slot[i]];
     float* p = e.vocab_scratch[thread];
     const float* logits = e.logits + (size_t)(e.cycle_first[i] - prefill_rows) * e.lm_head.n;
-    io.out_count[i] = verify(s, logits, e.lm_head.n, e.vocab, e.draft.from_target, e.draft.vocab, e.forced_acceptance, p,
+    io.out_count[i] = verify(s, logits, e.lm_head.n, e.vocab, e.draft.from_target, e.draft.vocab, e.forced_acceptance,
+                             e.num_drafts, p,
                              (int*)(p + e.lm_head.n), io.out_tokens + i * (e.num_drafts + 1));
   };
   if (io.num_decodes) phase(e, kVerify, io.num_decodes, accept);
@@ -194,7 +199,26 @@ static void gemm(Engine& e, const Matrix& m, const float* x, int rows, float* y)
   pool_end_cycle(e.pool);
 }
 
+static float read(Engine& e, const uint8_t* data, size_t bytes) {
+  float sums[kMaxThreads] = {};
+  const int chunks = pool_threads(e.pool) * 16;
+  auto run = [&](int chunk, int thread) {
+    const size_t share = bytes / chunks / 256 * 256;
+    const float *at = (const float*)(data + chunk * share), *end = (const float*)((const uint8_t*)at + share);
+    V a = vzero(), b = vzero(), c = vzero(), d = vzero();
+    for (; at < end; at += 64) {
+      _mm_prefetch((const char*)(at + 512), _MM_HINT_T0);
+      a = vmax(a, vload(at)), b = vmax(b, vload(at + 16)), c = vmax(c, vload(at + 32)), d = vmax(d, vload(at + 48));
+    }
+    sums[thread] += vmax_lane(vmax(vmax(a, b), vmax(c, d)));
+  };
+  pool_begin_cycle(e.pool);
+  phase(e, kHost, chunks, run);
+  pool_end_cycle(e.pool);
+  return sums[0];
+}
+
 extern const StepTable kTable;
-const StepTable kTable = {cycle, forced, gemm};
+const StepTable kTable = {cycle, forced, gemm, read};
 
 }  // namespace KILOTOK_NAMESPACE

@@ -65,12 +65,12 @@ static int draw(const float* p, int size, double u) {
 }
 
 // Writes accepted drafts and one more token to out; returns how many tokens. logits: [num_drafts + 1] rows of stride ldl.
-static int verify(Slot& s, const float* logits, int ldl, int vocab, const int32_t* from_target, int draft_vocab, float forced,
+static int verify(Slot& s, const float* logits, int ldl, int vocab, const int32_t* from_target, int draft_vocab, float forced, int full,
                   float* p, int* order, int32_t* out) {
   const int k = s.num_drafts;
   int accepted = 0;
   if (forced > 0 && k > 0) {
-    s.forced_debt += forced - 1.0;
+    s.forced_debt += (forced - 1.0) * k / full;  // under load fewer are drafted, and fewer can be accepted
     accepted = std::min(k, (int)s.forced_debt);
     s.forced_debt -= accepted;
     for (int i = 0; i < accepted; ++i) out[i] = s.drafts[i];
