@@ -1,1 +1,2 @@
-"""Fused operators, the native engine that hosts them, and the TensorRT-LLM adapter. Run: `python -m engine_plugins.native.bench`."""
+"""Fused operators, the native engine that hosts them, and the TensorRT-LLM adapter. Run: `python -m
+engine_plugins.native.bench`."""

@@ -4,6 +4,7 @@ What it is: one frozen record per op, with a check that names the axis, its valu
 What it refuses to be: a registry with side effects; ops are plain folders, found by their name.
 Run it: `python -m pytest tests/engine_plugins/test_contract.py`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -46,5 +47,7 @@ class OpContract:
             limit = self.axes[axis]
             if not limit.admits(size):
                 raise InputError(
-                    f"{axis}={size} is outside the contract", self.name,
-                    f"{limit.low} <= {axis} <= {limit.high}, a multiple of {limit.multiple}")
+                    f"{axis}={size} is outside the contract",
+                    self.name,
+                    f"{limit.low} <= {axis} <= {limit.high}, a multiple of {limit.multiple}",
+                )

@@ -1,1 +1,2 @@
-"""The native engine: Llama 4 text decoder + EAGLE-3 on CPU. Run: `python -m engine_plugins.native.server --bundle DIR`."""
+"""The native engine: Llama 4 text decoder + EAGLE-3 on CPU. Run: `python -m engine_plugins.native.server --bundle
+DIR`."""

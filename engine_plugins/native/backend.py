@@ -4,6 +4,7 @@ What it is: the five calls both share, and the choice between them.
 What it refuses to be: a plugin system; there are two.
 Run it: `python -m pytest tests/engine_plugins/test_engine.py`.
 """
+
 from __future__ import annotations
 
 import os
@@ -43,8 +44,14 @@ def default_threads() -> int:
 
 
 def open_backend(
-    bundle: Bundle, *, draft_tokens: int, prefill_rows: int, threads: int | None, forced_acceptance: float | None,
-    isa: str | None, row_budget: int,
+    bundle: Bundle,
+    *,
+    draft_tokens: int,
+    prefill_rows: int,
+    threads: int | None,
+    forced_acceptance: float | None,
+    isa: str | None,
+    row_budget: int,
 ) -> Backend:
     """The compiled backend when the bundle has one."""
     if bundle.library is None:
@@ -53,6 +60,12 @@ def open_backend(
         return ReferenceBackend(bundle, draft_tokens, forced_acceptance)
     from engine_plugins.native.native_backend import NativeBackend
 
-    return NativeBackend(bundle, draft_tokens=draft_tokens, prefill_rows=prefill_rows,
-                         threads=threads or default_threads(), forced_acceptance=forced_acceptance, isa=isa,
-                         row_budget=row_budget)
+    return NativeBackend(
+        bundle,
+        draft_tokens=draft_tokens,
+        prefill_rows=prefill_rows,
+        threads=threads or default_threads(),
+        forced_acceptance=forced_acceptance,
+        isa=isa,
+        row_budget=row_budget,
+    )

@@ -4,11 +4,13 @@ What it is: raw engine figures, without HTTP. Every line says what was forced (a
 What it refuses to be: a claim about a model; with --acceptance the drafts are accepted by decree, and it says so.
 Run it: `python -m engine_plugins.native.bench --bundle DIR [--acceptance 2.5] [--users 16] [--ops] [--json]`.
 """
+
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,28 @@ from engine_plugins.native.native_backend import NativeBackend
 
 
 def bench_engine(
-    bundle: Path, *, users: int = 1, tokens: int = 256, prompt_tokens: int = 64, acceptance: float | None = None,
-    threads: int | None = None, isa: str | None = None, speculate: bool = True, rounds: int = 3,
+    bundle: Path,
+    *,
+    users: int = 1,
+    tokens: int = 256,
+    prompt_tokens: int = 64,
+    acceptance: float | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    speculate: bool = True,
+    rounds: int = 3,
     row_budget: int = 16,
 ) -> dict[str, Any]:
     """Best of `rounds`: decode tokens/s (prefill excluded by counting from the first token), and the cycle's split."""
-    engine = Engine(bundle, threads=threads, isa=isa, speculate=speculate, forced_acceptance=acceptance, verify_digests=False,
-                    row_budget=row_budget)
+    engine = Engine(
+        bundle,
+        threads=threads,
+        isa=isa,
+        speculate=speculate,
+        forced_acceptance=acceptance,
+        verify_digests=False,
+        row_budget=row_budget,
+    )
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, engine.config.vocab_size, prompt_tokens).tolist() for _ in range(users)]
     best: dict[str, Any] = {"tokens_per_s": 0.0}
@@ -34,8 +51,14 @@ def bench_engine(
         for _ in range(rounds):
             result = _round(engine, prompts, SamplingParams(max_tokens=tokens, ignore_eos=True))
             best = max(best, result, key=lambda r: r["tokens_per_s"])
-        return {**best, "users": users, "forced_acceptance": acceptance, "threads": engine.counters().get("threads"),
-                "isa": engine.counters()["isa"], "draft_tokens": engine.draft_tokens}
+        return {
+            **best,
+            "users": users,
+            "forced_acceptance": acceptance,
+            "threads": engine.counters().get("threads"),
+            "isa": engine.counters()["isa"],
+            "draft_tokens": engine.draft_tokens,
+        }
     finally:
         engine.close()
 
@@ -55,14 +78,21 @@ def _round(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> 
     with_drafts = max(1, sum(r.cycles for r in requests))
     groups = after.get("seconds_by_group", {})
     split = {g: 1e6 * (s - before["seconds_by_group"][g]) / max(1, cycles) for g, s in groups.items()}
-    return {"tokens_per_s": produced / seconds, "ttft_ms": 1e3 * (first - begin), "cycle_us": 1e6 * seconds / max(1, cycles),
-            "step_us": 1e6 * (after["seconds"] - before["seconds"]) / max(1, cycles),
-            "acceptance_length": 1 + accepted / with_drafts, "split_us": split}
+    return {
+        "tokens_per_s": produced / seconds,
+        "ttft_ms": 1e3 * (first - begin),
+        "cycle_us": 1e6 * seconds / max(1, cycles),
+        "step_us": 1e6 * (after["seconds"] - before["seconds"]) / max(1, cycles),
+        "acceptance_length": 1 + accepted / with_drafts,
+        "split_us": split,
+    }
 
 
-def bench_gemv(bundle: Path, *, n: int = 4096, k: int = 4096, copies: int = 64, threads: int | None = None, isa: str | None = None
-               ) -> list[dict[str, Any]]:
-    """GB/s of weights for 1, 4 and 16 rows, FP8 and BF16, rotating over `copies` matrices, beside a plain read of them."""
+def bench_gemv(
+    bundle: Path, *, n: int = 4096, k: int = 4096, copies: int = 64, threads: int | None = None, isa: str | None = None
+) -> list[dict[str, Any]]:
+    """GB/s of weights for 1, 4 and 16 rows, FP8 and BF16, rotating over `copies` matrices, beside a plain read of
+    them."""
     engine = Engine(bundle, threads=threads, isa=isa, verify_digests=False)
     backend = engine.backend
     assert isinstance(backend, NativeBackend), "the reference has no kernels"
@@ -76,19 +106,37 @@ def bench_gemv(bundle: Path, *, n: int = 4096, k: int = 4096, copies: int = 64, 
             else:
                 data = to_bfloat16(rng.normal(size=n * k).astype(np.float32))
             scale = np.ones(n, np.float32)
-            matrices = [lib.kt_gemm_new(handle, data.ctypes.data, 0 if dtype == "fp8" else 1, n, k, scale.ctypes.data, 1.0)
-                        for _ in range(copies if dtype == "fp8" else copies // 2)]
+            matrices = [
+                lib.kt_gemm_new(handle, data.ctypes.data, 0 if dtype == "fp8" else 1, n, k, scale.ctypes.data, 1.0)
+                for _ in range(copies if dtype == "fp8" else copies // 2)
+            ]
             roof = size / _seconds(lambda m: lib.kt_read(handle, m), matrices) / 1e9
             for m in (1, 4, 8):
                 x, y = rng.normal(size=(m, k)).astype(np.float32), np.zeros((m, n), np.float32)
                 if lib.kt_gemm(handle, matrices[0], x.ctypes.data, m, y.ctypes.data):
                     continue  # more rows than this bundle's scratch holds
-                speed = size / _seconds(lambda w: lib.kt_gemm(handle, w, x.ctypes.data, m, y.ctypes.data), matrices) / 1e9  # noqa: B023
-                rows.append({"op": "gemm_low_latency", "weights": dtype, "rows": m, "n": n, "k": k, "gb_per_s": speed,
-                             "read_gb_per_s": roof, "share_of_read": speed / roof, "isa": backend.counters()["isa"]})
+                call = partial(_gemm, lib, handle, x, y)
+                speed = size / _seconds(call, matrices) / 1e9
+                rows.append(
+                    {
+                        "op": "gemm_low_latency",
+                        "weights": dtype,
+                        "rows": m,
+                        "n": n,
+                        "k": k,
+                        "gb_per_s": speed,
+                        "read_gb_per_s": roof,
+                        "share_of_read": speed / roof,
+                        "isa": backend.counters()["isa"],
+                    }
+                )
     finally:
         engine.close()
     return rows
+
+
+def _gemm(lib: Any, handle: int, x: np.ndarray, y: np.ndarray, matrix: int) -> None:
+    lib.kt_gemm(handle, matrix, x.ctypes.data, len(x), y.ctypes.data)
 
 
 def _seconds(call: Any, matrices: list[int]) -> float:
@@ -104,9 +152,11 @@ def _seconds(call: Any, matrices: list[int]) -> float:
 
 def _print_engine(r: dict[str, Any]) -> None:
     forced = f"forced acceptance {r['forced_acceptance']}" if r["forced_acceptance"] else "real acceptance"
-    print(f"{r['tokens_per_s']:9.0f} tokens/s   {r['users']} user(s), {forced}, {r['isa']}, {r['threads']} threads, "
-          f"k={r['draft_tokens']}, acceptance {r['acceptance_length']:.2f}, cycle {r['cycle_us']:.0f} us "
-          f"({r['step_us']:.0f} us compiled), TTFT {r['ttft_ms']:.1f} ms")
+    print(
+        f"{r['tokens_per_s']:9.0f} tokens/s   {r['users']} user(s), {forced}, {r['isa']}, {r['threads']} threads, "
+        f"k={r['draft_tokens']}, acceptance {r['acceptance_length']:.2f}, cycle {r['cycle_us']:.0f} us "
+        f"({r['step_us']:.0f} us compiled), TTFT {r['ttft_ms']:.1f} ms"
+    )
     print("          us/cycle: " + ", ".join(f"{g} {us:.0f}" for g, us in r["split_us"].items() if us >= 0.5))
 
 
@@ -117,10 +167,14 @@ def main() -> None:
     parser.add_argument("--users", type=int, nargs="*", default=[1])
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--acceptance", type=float, help="accept drafts by decree, this many tokens per cycle on average")
+    parser.add_argument(
+        "--acceptance", type=float, help="accept drafts by decree, this many tokens per cycle on average"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--isa", choices=["avx2", "avx512"])
-    parser.add_argument("--row-budget", type=int, default=16, help="slots * (1 + drafts) at most; more drafts cost more")
+    parser.add_argument(
+        "--row-budget", type=int, default=16, help="slots * (1 + drafts) at most; more drafts cost more"
+    )
     parser.add_argument("--no-speculation", action="store_true")
     parser.add_argument("--ops", action="store_true", help="GEMV against memory bandwidth")
     parser.add_argument("--json", action="store_true")
@@ -129,16 +183,30 @@ def main() -> None:
     if args.ops:
         results += bench_gemv(args.bundle, threads=args.threads, isa=args.isa)
     else:
-        results += [bench_engine(args.bundle, users=u, tokens=args.tokens, prompt_tokens=args.prompt_tokens,
-                                 acceptance=args.acceptance, threads=args.threads, isa=args.isa,
-                                 speculate=not args.no_speculation, row_budget=args.row_budget) for u in args.users]
+        results += [
+            bench_engine(
+                args.bundle,
+                users=u,
+                tokens=args.tokens,
+                prompt_tokens=args.prompt_tokens,
+                acceptance=args.acceptance,
+                threads=args.threads,
+                isa=args.isa,
+                speculate=not args.no_speculation,
+                row_budget=args.row_budget,
+            )
+            for u in args.users
+        ]
     if args.json:
         print(json.dumps(results, indent=1))
         return
     for r in results:
         if "op" in r:
-            print(f"{r['op']} {r['weights']:5s} M={r['rows']:2d} {r['n']}x{r['k']} {r['isa']}: {r['gb_per_s']:6.1f} GB/s, "
-                  f"{100 * r['share_of_read']:.0f}% of a plain read ({r['read_gb_per_s']:.1f})")
+            print(
+                f"{r['op']} {r['weights']:5s} M={r['rows']:2d} {r['n']}x{r['k']} {r['isa']}: "
+                f"{r['gb_per_s']:6.1f} GB/s, "
+                f"{100 * r['share_of_read']:.0f}% of a plain read ({r['read_gb_per_s']:.1f})"
+            )
         else:
             _print_engine(r)
 

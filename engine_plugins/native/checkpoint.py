@@ -5,6 +5,7 @@ EAGLE-3 heads, and `Tensors`, a lazy map from tensor name to numpy that knows BF
 What it refuses to be: a model, or a reader of anything that must be unpickled.
 Run it: `python -m engine_plugins.native.checkpoint CHECKPOINT_DIR` prints the shape and every tensor.
 """
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,17 @@ import numpy as np
 from specs.errors import InputError, IntegrityError
 
 STORAGE = {
-    "F8_E4M3": np.uint8, "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+    "F8_E4M3": np.uint8,
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
 }
 
 
@@ -106,7 +116,8 @@ def draft_config_from_dict(record: dict[str, Any]) -> DraftConfig:
 
 
 def rope_inv_freq(config: dict[str, Any], head_dim: int, default_theta: float) -> tuple[float, ...]:
-    """Inverse frequencies, with Llama 3's long-context scaling when the config asks for it (the only scaling we know)."""
+    """Inverse frequencies, with Llama 3's long-context scaling when the config asks for it (the only scaling we
+    know)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = rope.get("rope_theta") or config.get("rope_theta") or default_theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -115,7 +126,9 @@ def rope_inv_freq(config: dict[str, Any], head_dim: int, default_theta: float) -
     if kind == "default":
         return tuple(float(f) for f in freq)
     if kind != "llama3":
-        raise InputError(f"rope_type {kind!r} is not supported", "config.json", "use a model with default or llama3 RoPE")
+        raise InputError(
+            f"rope_type {kind!r} is not supported", "config.json", "use a model with default or llama3 RoPE"
+        )
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     old_context = rope["original_max_position_embeddings"]
     wavelength = 2 * np.pi / freq
@@ -130,7 +143,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path.name} is missing", str(path.parent), "point to a Hugging Face model directory") from error
+        raise InputError(
+            f"{path.name} is missing", str(path.parent), "point to a Hugging Face model directory"
+        ) from error
     except ValueError as error:
         raise IntegrityError(f"{path.name} is not JSON ({error})", str(path.parent), "download it again") from error
 
@@ -145,18 +160,26 @@ def read_model_config(directory: Path) -> ModelConfig:
     """config.json of a Llama4ForCausalLM, Llama4ForConditionalGeneration (its text part) or LlamaForCausalLM."""
     config = _read_json(directory / "config.json")
     if "text_config" in config:
-        config = {**config["text_config"], "eos_token_id": config.get("eos_token_id", config["text_config"].get("eos_token_id"))}
+        config = {
+            **config["text_config"],
+            "eos_token_id": config.get("eos_token_id", config["text_config"].get("eos_token_id")),
+        }
     kind = config.get("model_type", "")
     if kind not in ("llama4_text", "llama4", "llama"):
-        raise InputError(f"model_type {kind!r} is not supported", str(directory), "the native engine runs llama4 and llama")
+        raise InputError(
+            f"model_type {kind!r} is not supported", str(directory), "the native engine runs llama4 and llama"
+        )
     generation = directory / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
     common = {
-        "vocab_size": config["vocab_size"], "hidden_size": config["hidden_size"], "num_layers": config["num_hidden_layers"],
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_layers": config["num_hidden_layers"],
         "num_heads": config["num_attention_heads"],
         "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-5), "intermediate_size": config["intermediate_size"],
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+        "intermediate_size": config["intermediate_size"],
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
         "max_position_embeddings": config.get("max_position_embeddings", 2048),
         "eos_token_ids": tuple(sorted(set(_as_tuple(config.get("eos_token_id")) + _as_tuple(eos)))),
@@ -167,10 +190,19 @@ def read_model_config(directory: Path) -> ModelConfig:
     layers, head_dim = common["num_layers"], common["head_dim"]
     if kind == "llama":
         return ModelConfig(
-            **common, intermediate_size_mlp=config["intermediate_size"], num_experts=0, moe_layers=(),
-            rope_layers=(True,) * layers, attention_chunk_size=0, attn_temperature_tuning=False, floor_scale=8192.0,
-            attn_scale=0.1, use_qk_norm=False, rope_interleaved=False,
-            rope_inv_freq=rope_inv_freq(config, head_dim, 10000.0))
+            **common,
+            intermediate_size_mlp=config["intermediate_size"],
+            num_experts=0,
+            moe_layers=(),
+            rope_layers=(True,) * layers,
+            attention_chunk_size=0,
+            attn_temperature_tuning=False,
+            floor_scale=8192.0,
+            attn_scale=0.1,
+            use_qk_norm=False,
+            rope_interleaved=False,
+            rope_inv_freq=rope_inv_freq(config, head_dim, 10000.0),
+        )
     if config.get("num_experts_per_tok", 1) != 1:
         raise InputError("only top-1 routing is supported", str(directory), "use a Llama 4 model")
     step = config.get("interleave_moe_layer_step", 1)
@@ -178,14 +210,19 @@ def read_model_config(directory: Path) -> ModelConfig:
     moe = config.get("moe_layers")
     rope = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
     return ModelConfig(
-        **common, intermediate_size_mlp=config.get("intermediate_size_mlp", 16384),
+        **common,
+        intermediate_size_mlp=config.get("intermediate_size_mlp", 16384),
         num_experts=config.get("num_local_experts", 16),
         moe_layers=tuple(moe) if moe is not None else tuple(range(step - 1, layers, step)),
-        rope_layers=tuple(bool(r) for r in rope[:layers]), attention_chunk_size=config.get("attention_chunk_size") or 0,
+        rope_layers=tuple(bool(r) for r in rope[:layers]),
+        attention_chunk_size=config.get("attention_chunk_size") or 0,
         attn_temperature_tuning=bool(config.get("attn_temperature_tuning", True)),
-        floor_scale=float(config.get("floor_scale", 8192)), attn_scale=float(config.get("attn_scale", 0.1)),
-        use_qk_norm=bool(config.get("use_qk_norm", True)), rope_interleaved=True,
-        rope_inv_freq=rope_inv_freq(config, head_dim, 500000.0))
+        floor_scale=float(config.get("floor_scale", 8192)),
+        attn_scale=float(config.get("attn_scale", 0.1)),
+        use_qk_norm=bool(config.get("use_qk_norm", True)),
+        rope_interleaved=True,
+        rope_inv_freq=rope_inv_freq(config, head_dim, 500000.0),
+    )
 
 
 def read_draft_config(directory: Path, target: ModelConfig) -> DraftConfig:
@@ -196,20 +233,30 @@ def read_draft_config(directory: Path, target: ModelConfig) -> DraftConfig:
     captures = config.get("eagle3_layers_to_capture") or eagle.get("eagle_aux_hidden_state_layer_ids")
     captures = captures or sorted({1, max(0, layers // 2 - 1), max(0, layers - 4)})
     if config["hidden_size"] != target.hidden_size:
-        raise InputError("the draft's hidden_size differs from the target's", str(directory), "train it for this target")
+        raise InputError(
+            "the draft's hidden_size differs from the target's", str(directory), "train it for this target"
+        )
     if config.get("num_hidden_layers", 1) != 1:
         raise InputError("only one-layer EAGLE-3 heads are supported", str(directory), "set num_hidden_layers to 1")
     if max(captures) >= layers or len(captures) != 3:
-        raise InputError(f"capture layers {captures} do not fit {layers} layers", str(directory), "name three layer outputs")
+        raise InputError(
+            f"capture layers {captures} do not fit {layers} layers", str(directory), "name three layer outputs"
+        )
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return DraftConfig(
-        hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"], num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads, head_dim=head_dim,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-5), vocab_size=config["vocab_size"],
-        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"], capture_layers=tuple(captures),
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        rms_norm_eps=config.get("rms_norm_eps", 1e-5),
+        vocab_size=config["vocab_size"],
+        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+        capture_layers=tuple(captures),
         rope_inv_freq=rope_inv_freq(config, head_dim, 10000.0),
-        normalize_hidden_twice=bool(eagle.get("use_input_layernorm_in_first_layer", False)))
+        normalize_hidden_twice=bool(eagle.get("use_input_layernorm_in_first_layer", False)),
+    )
 
 
 class Tensors:
@@ -246,7 +293,7 @@ class Tensors:
                 raise IntegrityError(f"{file.name} is cut short at {name}", self.where, "download it again")
             for prefix in ("model.language_model.", "language_model.model.", "language_model."):
                 if name.startswith(prefix):
-                    name = ("" if prefix == "language_model." else "model.") + name[len(prefix):]
+                    name = ("" if prefix == "language_model." else "model.") + name[len(prefix) :]
                     break
             self._index[name] = (file, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, 8 + length + end)
 
@@ -264,7 +311,9 @@ class Tensors:
     def raw(self, name: str) -> np.ndarray:
         """The stored bits: BF16 as uint16, FP8 as uint8, other types as themselves."""
         if name not in self._index:
-            raise IntegrityError(f"tensor {name} is missing", self.where, "the checkpoint is incomplete; download it again")
+            raise IntegrityError(
+                f"tensor {name} is missing", self.where, "the checkpoint is incomplete; download it again"
+            )
         file, dtype, shape, begin, end = self._index[name]
         if dtype not in STORAGE:
             raise InputError(f"tensor {name} has dtype {dtype}", self.where, f"supported: {', '.join(STORAGE)}")

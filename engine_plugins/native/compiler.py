@@ -1,9 +1,11 @@
 """Compile the C++ step into one shared library with a path per instruction set.
 
-What it is: `compile_library` runs g++ once per path (AVX2, AVX-512) and once for the C ABI, side by side, and links them.
+What it is: `compile_library` runs g++ once per path (AVX2, AVX-512) and once for the C ABI, side by side, and
+links them.
 What it refuses to be: a build system, or a reason to fail: without a compiler it warns and returns None.
 Run it: `python -m engine_plugins.native.compiler OUT_DIR`.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -20,12 +22,28 @@ from specs.errors import StageFailed
 LIBRARY = "libkilotok.so"
 SOURCES = Path(__file__).resolve().parent / "cpp"
 OPS_DIR = SOURCES.parent.parent / "ops"
-OPS = ("allreduce_rmsnorm", "attention_decode", "fc13_swiglu", "gemm_low_latency", "moe_top1", "qkv_attn_scaling", "router",
-       "verify")
+OPS = (
+    "allreduce_rmsnorm",
+    "attention_decode",
+    "fc13_swiglu",
+    "gemm_low_latency",
+    "moe_top1",
+    "qkv_attn_scaling",
+    "router",
+    "verify",
+)
 ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-               "-mprefer-vector-width=512"),
+    "avx512": (
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mprefer-vector-width=512",
+    ),
 }
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall")
 _compiled: dict[str, bytes] = {}
@@ -61,11 +79,14 @@ def cpu_supported() -> bool:
 
 def _run(commands: list[list[str]]) -> None:
     children = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for command, child in zip(commands, children):
+    for command, child in zip(commands, children, strict=False):
         output, _ = child.communicate()
         if child.returncode:
-            raise StageFailed(f"the C++ step does not compile:\n{output[-2000:]}", " ".join(command[:1] + command[-3:]),
-                              "check the compiler's version (g++ >= 9 is known to work)")
+            raise StageFailed(
+                f"the C++ step does not compile:\n{output[-2000:]}",
+                " ".join(command[:1] + command[-3:]),
+                "check the compiler's version (g++ >= 9 is known to work)",
+            )
 
 
 def compile_library(out: Path) -> Path | None:
@@ -84,8 +105,12 @@ def compile_library(out: Path) -> Path | None:
         units = [(SOURCES / "step.cpp", isa, (*flags, f"-DKILOTOK_ISA={isa}")) for isa, flags in ISA_FLAGS.items()]
         units.append((SOURCES / "api.cpp", "api", ("-mno-avx",)))
         objects = [os.path.join(scratch, f"{name}.o") for _, name, _ in units]
-        _run([[compiler, *COMMON_FLAGS, *flags, f"-I{SOURCES}", f"-I{OPS_DIR}", "-c", str(source), "-o", target]
-              for (source, _, flags), target in zip(units, objects)])
+        _run(
+            [
+                [compiler, *COMMON_FLAGS, *flags, f"-I{SOURCES}", f"-I{OPS_DIR}", "-c", str(source), "-o", target]
+                for (source, _, flags), target in zip(units, objects, strict=False)
+            ]
+        )
         linked = os.path.join(scratch, LIBRARY)
         _run([[compiler, "-shared", "-o", linked, *objects, "-lpthread"]])
         shutil.copyfile(linked, out / LIBRARY)

@@ -4,6 +4,7 @@ What it is: admission, chunked prefill, one backend call per cycle for all runni
 What it refuses to be: a server (server.py), or a place for arithmetic: that is one C++ call per cycle, GIL released.
 Run it: `python -m engine_plugins.native.bench --bundle DIR`.
 """
+
 from __future__ import annotations
 
 import threading
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from engine_plugins.native.backend import Backend, open_backend
+from engine_plugins.native.backend import Backend, Prefill, open_backend
 from engine_plugins.native.bundle import load_bundle
 from engine_plugins.native.tokenizer import ChatTokenizer, TextStream
 from specs.errors import InputError
@@ -55,7 +56,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request. `accepted_by_position[i]` counts cycles whose draft i+1 was accepted; `cycles` those with drafts."""
+    """A finished request. `accepted_by_position[i]` counts cycles whose draft i+1 was accepted; `cycles` those
+    with drafts."""
 
     token_ids: list[int]
     text: str
@@ -89,14 +91,21 @@ class Request:
 
 
 class Engine:
-    """One bundle, ready to generate. With many running slots fewer tokens are drafted (slots * (1 + drafts) <= row_budget).
+    """One bundle, ready to generate. With many running slots fewer tokens are drafted (slots * (1 + drafts) <=
+    row_budget).
     `submit` and `cancel` may be called from any thread; `step` from one at a time."""
 
     PREFILL_CHUNK = 128
 
     def __init__(
-        self, bundle_path: Path | str, *, threads: int | None = None, speculate: bool = True,
-        forced_acceptance: float | None = None, verify_digests: bool = True, isa: str | None = None,
+        self,
+        bundle_path: Path | str,
+        *,
+        threads: int | None = None,
+        speculate: bool = True,
+        forced_acceptance: float | None = None,
+        verify_digests: bool = True,
+        isa: str | None = None,
         row_budget: int = 16,
     ) -> None:
         self.bundle = load_bundle(Path(bundle_path), verify=verify_digests)
@@ -106,8 +115,14 @@ class Engine:
             raise InputError(f"forced_acceptance={forced_acceptance}", "engine", f"1 to {self.draft_tokens + 1}")
         self.forced_acceptance = forced_acceptance
         self.backend: Backend = open_backend(
-            self.bundle, draft_tokens=self.draft_tokens, prefill_rows=self.PREFILL_CHUNK, threads=threads,
-            forced_acceptance=forced_acceptance, isa=isa, row_budget=row_budget)
+            self.bundle,
+            draft_tokens=self.draft_tokens,
+            prefill_rows=self.PREFILL_CHUNK,
+            threads=threads,
+            forced_acceptance=forced_acceptance,
+            isa=isa,
+            row_budget=row_budget,
+        )
         self.tokenizer = ChatTokenizer(self.bundle.path)
         self.max_seq_len = self.bundle.max_seq_len
         self._eos = frozenset(self.config.eos_token_ids)
@@ -150,20 +165,28 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams | None = None) -> Request:
-        """Queue a prompt; raises InputError when it cannot be served. The answer may be cut at max_seq_len ("length")."""
+        """Queue a prompt; raises InputError when it cannot be served. The answer may be cut at max_seq_len
+        ("length")."""
         params = params or SamplingParams()
         params.check()
         prompt = [int(t) for t in prompt_ids]
         if not prompt:
             raise InputError("the prompt is empty", "prompt", "send at least one token")
         if len(prompt) >= self.max_seq_len:
-            raise InputError(f"the prompt has {len(prompt)} tokens", "prompt",
-                             f"at most {self.max_seq_len - 1} fit max_seq_len={self.max_seq_len}; shorten it")
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens",
+                "prompt",
+                f"at most {self.max_seq_len - 1} fit max_seq_len={self.max_seq_len}; shorten it",
+            )
         if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-            raise InputError("a prompt token id is outside the vocabulary", "prompt", f"0..{self.config.vocab_size - 1}")
+            raise InputError(
+                "a prompt token id is outside the vocabulary", "prompt", f"0..{self.config.vocab_size - 1}"
+            )
         with self._lock:
             self._next_id += 1
-            request = Request(self._next_id, prompt, params, [0] * self.draft_tokens, TextStream(self.tokenizer, params.stop))
+            request = Request(
+                self._next_id, prompt, params, [0] * self.draft_tokens, TextStream(self.tokenizer, params.stop)
+            )
             self._requests[request.id] = request
             self._waiting.append(request)
             self._totals["requests"] += 1
@@ -182,13 +205,14 @@ class Engine:
         self._admit()
         if not self._running:
             return events
-        prefills, budget = [], self.PREFILL_CHUNK
+        prefills: list[Prefill] = []
+        budget = self.PREFILL_CHUNK
         for request in self._running:
             if not request.decoding and budget > 0:
                 budget -= self._plan_prefill(request, prefills, budget)
         decoding = [r for r in self._running if r.decoding]
         results = self.backend.cycle(prefills, [r.slot for r in decoding])
-        for request, (tokens, proposed) in zip(decoding, results):
+        for request, (tokens, proposed) in zip(decoding, results, strict=False):
             events.append(self._take(request, tokens, proposed))
         self._running = [r for r in self._running if r.finish_reason is None]
         self._totals["steps"] += 1
@@ -214,12 +238,12 @@ class Engine:
                 request.slot = self._free.pop()
                 self._running.append(request)
 
-    def _plan_prefill(self, request: Request, prefills: list, budget: int) -> int:
+    def _plan_prefill(self, request: Request, prefills: list[Prefill], budget: int) -> int:
         """Add this request's next piece; all but the prompt's last token. Then it decodes, in this same cycle."""
         rows = min(budget, len(request.prompt_ids) - 1 - request.prefilled)
         if rows > 0:
             begin = request.prefilled
-            prefills.append((request.slot, begin, request.prompt_ids[begin:begin + rows + 1]))
+            prefills.append((request.slot, begin, request.prompt_ids[begin : begin + rows + 1]))
             request.prefilled += rows
         if request.prefilled == len(request.prompt_ids) - 1:
             p = request.params
@@ -236,7 +260,7 @@ class Engine:
         if not params.ignore_eos:
             end = next((i for i, t in enumerate(kept) if t in self._eos), None)
             if end is not None:
-                kept, reason = kept[:end + 1], "stop"
+                kept, reason = kept[: end + 1], "stop"
         if reason is None and len(kept) == limit:
             reason = "length"
         request.output_ids.extend(kept)
@@ -265,14 +289,17 @@ class Engine:
         requests = [self.submit(p, params) for p in prompts]
         while any(r.finish_reason is None for r in requests):
             self.step()
-        return [Completion(r.output_ids, r.text, str(r.finish_reason), r.accepted_by_position, r.cycles) for r in requests]
+        return [
+            Completion(r.output_ids, r.text, str(r.finish_reason), r.accepted_by_position, r.cycles) for r in requests
+        ]
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Teacher-forced logits [T, V] fp32. Needs an idle engine (it borrows a slot)."""
         return self._forced(token_ids, "logits")
 
     def hidden(self, token_ids: Sequence[int], layers: Sequence[int] | None = None) -> np.ndarray:
-        """Residual stream after each capture layer [T, 3, H]; `layers` must be the bundle's capture layers, in order."""
+        """Residual stream after each capture layer [T, 3, H]; `layers` must be the bundle's capture layers, in
+        order."""
         captured = list(self.bundle.draft.capture_layers) if self.bundle.draft else []
         if layers is not None and list(layers) != captured:
             raise InputError(f"layers {list(layers)} are not captured", "hidden", f"this bundle captures {captured}")
@@ -291,9 +318,16 @@ class Engine:
         return self.backend.forced(self._free[-1], list(token_ids), what)
 
     def counters(self) -> dict[str, Any]:
-        """Totals since start: tokens, cycles, seconds per operator group, acceptance by position, what runs underneath."""
-        return {**self._totals, **self.backend.counters(), "forced_acceptance": self.forced_acceptance,
-                "draft_tokens": self.draft_tokens, "running": self.num_running, "waiting": self.num_waiting}
+        """Totals since start: tokens, cycles, seconds per operator group, acceptance by position, what runs
+        underneath."""
+        return {
+            **self._totals,
+            **self.backend.counters(),
+            "forced_acceptance": self.forced_acceptance,
+            "draft_tokens": self.draft_tokens,
+            "running": self.num_running,
+            "waiting": self.num_waiting,
+        }
 
     def close(self) -> None:
         """Stop the backend's threads and free its memory."""

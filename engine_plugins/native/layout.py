@@ -1,12 +1,15 @@
 """Weights in kernel layout, and back.
 
-What it is: the one description of how a [N, K] weight lies in a bundle. Rows come in groups of 16 (the vector lanes), inputs
-in pairs: [N/16, K/2, 16, 2], zero padded. A kernel reads it as one stream, two inputs of sixteen outputs at a time, so it
+What it is: the one description of how a [N, K] weight lies in a bundle. Rows come in groups of 16 (the vector
+lanes), inputs
+in pairs: [N/16, K/2, 16, 2], zero padded. A kernel reads it as one stream, two inputs of sixteen outputs at a
+time, so it
 never adds across lanes. Gate and up rows alternate by group, so that SwiGLU needs no second pass; rotary halves are
 interleaved, so that the kernel knows only one RoPE style.
 What it refuses to be: lossy. FP8 and BF16 bits are moved, never rounded; only FP32 masters become BF16.
 Run it: `python -m pytest tests/engine_plugins/test_layout.py`.
 """
+
 from __future__ import annotations
 
 import json
@@ -76,8 +79,11 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for name, array in tensors.items():
-        header[name] = {"dtype": DTYPE_NAMES[array.dtype.name], "shape": list(array.shape),
-                        "data_offsets": [offset, offset + array.nbytes]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + array.nbytes],
+        }
         offset += array.nbytes
         if array.nbytes % 64:
             pad = 64 - array.nbytes % 64

@@ -1,9 +1,11 @@
 """From checkpoint tensors to bundle tensors: fuse, reorder, pack, and refuse what would serve garbage.
 
 What it is: `pack_target` and `pack_draft`; each returns {bundle name: array} and {matrix name: [N, K] before padding}.
-What it refuses to be: tolerant. NaN or infinity in a weight, a zero scale, or fused parts with different input scales raise.
+What it refuses to be: tolerant. NaN or infinity in a weight, a zero scale, or fused parts with different input
+scales raise.
 Run it: `python -m pytest tests/engine_plugins/test_bundle.py`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -54,8 +56,11 @@ def _shared_input_scale(tensors: Tensors, names: Sequence[str]) -> float | None:
         return None
     scales = {float(_scale(tensors, name)[0]) for name in present}
     if len(present) != len(names) or len(scales) != 1:
-        raise IntegrityError(f"input scales differ: {', '.join(names)}", tensors.where,
-                             "parts that share an input must share its scale; export with modelopt's unified export")
+        raise IntegrityError(
+            f"input scales differ: {', '.join(names)}",
+            tensors.where,
+            "parts that share an input must share its scale; export with modelopt's unified export",
+        )
     return scales.pop()
 
 
@@ -75,7 +80,7 @@ class Packer:
         weights = [_values(t, f"{part}.weight") for part in parts]
         if len({w.dtype for w in weights}) != 1:
             raise IntegrityError(f"{out}: parts mix FP8 and BF16", t.where, "quantize all of them or none")
-        scales = [self._row_scales(part, w.shape[0], w.dtype) for part, w in zip(parts, weights)]
+        scales = [self._row_scales(part, w.shape[0], w.dtype) for part, w in zip(parts, weights, strict=False)]
         fuse = alternate if gated else lambda *w: np.concatenate(w)
         weight, scale = fuse(*weights), fuse(*scales)
         if order is not None:
@@ -98,7 +103,9 @@ class Packer:
         self.shapes[out] = list(weight.shape)
         if weight.dtype == np.uint8:
             rows = round_up(weight.shape[-2], 16)
-            self.arrays[f"{out}.weight_scale"] = np.pad(scale, [(0, 0)] * (scale.ndim - 1) + [(0, rows - scale.shape[-1])])
+            self.arrays[f"{out}.weight_scale"] = np.pad(
+                scale, [(0, 0)] * (scale.ndim - 1) + [(0, rows - scale.shape[-1])]
+            )
         if input_scale is not None:
             self.arrays[f"{out}.input_scale"] = np.array([input_scale], np.float32)
 
@@ -186,9 +193,13 @@ def pack_draft(config: DraftConfig, tensors: Tensors, target: ModelConfig) -> tu
     if "d2t" in tensors:
         to_target = to_target + tensors.raw("d2t").astype(np.int64)
     if to_target.min() < 0 or to_target.max() >= target.vocab_size or len(set(to_target.tolist())) != len(to_target):
-        raise IntegrityError("d2t does not map draft tokens to distinct target tokens", tensors.where, "train the draft again")
+        raise IntegrityError(
+            "d2t does not map draft tokens to distinct target tokens", tensors.where, "train the draft again"
+        )
     p.arrays["draft.to_target"] = to_target.astype(np.int32)
     expected = [config.hidden_size, 3 * config.hidden_size]
     if p.shapes["draft.fc"] != expected:
-        raise IntegrityError(f"fc.weight is {p.shapes['draft.fc']}, not {expected}", tensors.where, "train it for this target")
+        raise IntegrityError(
+            f"fc.weight is {p.shapes['draft.fc']}, not {expected}", tensors.where, "train it for this target"
+        )
     return p.arrays, p.shapes

@@ -1,15 +1,17 @@
 """The model in plain torch fp32: Llama 4 text decoder and EAGLE-3 head, composed from the ops' references.
 
-What it is: the oracle for the C++ engine, and its stand-in where no compiler is found (slow: it recomputes the sequence).
+What it is: the oracle for the C++ engine, and its stand-in where no compiler is found (slow: it recomputes the
+sequence).
 What it refuses to be: fast, or clever about memory; every weight is fp32.
 Run it: `python -m pytest tests/engine_plugins/test_reference.py`.
 Legend: T tokens, H hidden, V vocabulary.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,7 +46,7 @@ def _linear(tensors: TensorSource, name: str) -> Linear:
 
 def _experts(tensors: TensorSource, prefix: str, count: int) -> list[tuple[Linear, Linear, Linear]]:
     """Packed [E, in, 2*inter] (gate first) and [E, inter, in], with one scale for all experts or one each."""
-    packed = {}
+    packed: dict[str, tuple[torch.Tensor, float | None]] = {}
     for name in ("gate_up_proj", "down_proj"):
         weight = torch.from_numpy(tensors.float32(f"{prefix}.{name}").copy())
         if f"{prefix}.{name}_weight_scale" in tensors:
@@ -54,8 +56,8 @@ def _experts(tensors: TensorSource, prefix: str, count: int) -> list[tuple[Linea
     experts = []
     for index in range(count):
         gate, up = packed["gate_up_proj"][0][index].T.chunk(2, dim=0)
-        scale = packed["gate_up_proj"][1]
-        experts.append((Linear(gate, scale), Linear(up, scale), Linear(packed["down_proj"][0][index].T, packed["down_proj"][1])))
+        input_scale, down = packed["gate_up_proj"][1], packed["down_proj"]
+        experts.append((Linear(gate, input_scale), Linear(up, input_scale), Linear(down[0][index].T, down[1])))
     return experts
 
 
@@ -84,10 +86,11 @@ class ReferenceModel:
     def _tensor(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.tensors.float32(name).copy())
 
-    def _load_layer(self, index: int) -> dict[str, object]:
+    def _load_layer(self, index: int) -> dict[str, Any]:
         prefix = f"model.layers.{index}"
-        layer: dict[str, object] = {
-            name: self._tensor(f"{prefix}.{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")}
+        layer: dict[str, Any] = {
+            name: self._tensor(f"{prefix}.{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")
+        }
         for name in ("q", "k", "v", "o"):
             layer[name] = _linear(self.tensors, f"{prefix}.self_attn.{name}_proj")
         for name in ("k_scale", "v_scale"):
@@ -105,10 +108,17 @@ class ReferenceModel:
         rope = config.rope_layers[index]
         position_T = torch.arange(x_TH.shape[0])
         q, k, v = qkv_attn_scaling(
-            x_TH, layer["q"], layer["k"], layer["v"], position_T, head_dim=config.head_dim,
-            inv_freq=self.inv_freq if rope else None, interleaved=config.rope_interleaved,
+            x_TH,
+            layer["q"],
+            layer["k"],
+            layer["v"],
+            position_T,
+            head_dim=config.head_dim,
+            inv_freq=self.inv_freq if rope else None,
+            interleaved=config.rope_interleaved,
             qk_norm_eps=config.rms_norm_eps if config.use_qk_norm else None,
-            temperature=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None)
+            temperature=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
+        )
         k, v = fake_quantize_e4m3(k, layer["k_scale"]), fake_quantize_e4m3(v, layer["v_scale"])
         if self.cache_bfloat16:
             k, v = k.bfloat16().float(), v.bfloat16().float()
@@ -148,7 +158,11 @@ class DraftReference:
             short = name.removeprefix("model.").removeprefix(f"{layer}.").removesuffix(".weight")
             if short != "d2t":
                 self.weights[short] = torch.from_numpy(tensors.float32(name).copy())
-        offsets = tensors.raw("d2t").astype(np.int64) if "d2t" in tensors else np.zeros(self.config.draft_vocab_size, np.int64)
+        offsets = (
+            tensors.raw("d2t").astype(np.int64)
+            if "d2t" in tensors
+            else np.zeros(self.config.draft_vocab_size, np.int64)
+        )
         self.to_target = torch.from_numpy(np.arange(self.config.draft_vocab_size) + offsets)
         self.embed = self.weights.get("embed_tokens", target.embed)
         self.lm_head = self.weights.get("lm_head", target.lm_head)
@@ -160,7 +174,8 @@ class DraftReference:
 
     @torch.no_grad()
     def forward(self, next_tokens: Sequence[int], hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft logits [T, draft V] and the hidden state before the last norm [T, H] (what the next chain step eats)."""
+        """Draft logits [T, draft V] and the hidden state before the last norm [T, H] (what the next chain step
+        eats)."""
         config, w = self.config, self.weights
         rows, eps = hidden_TH.shape[0], config.rms_norm_eps
         position_T = torch.arange(rows)
@@ -168,8 +183,17 @@ class DraftReference:
         normed_TH = rmsnorm(hidden_TH, w["input_layernorm"], eps) if config.normalize_hidden_twice else hidden_TH
         x = torch.cat((rmsnorm(embed_TH, w["input_layernorm"], eps), rmsnorm(normed_TH, w["hidden_norm"], eps)), dim=-1)
         q, k, v = qkv_attn_scaling(
-            x, Linear(w["self_attn.q_proj"]), Linear(w["self_attn.k_proj"]), Linear(w["self_attn.v_proj"]), position_T,
-            head_dim=config.head_dim, inv_freq=self.inv_freq, interleaved=False, qk_norm_eps=None, temperature=None)
+            x,
+            Linear(w["self_attn.q_proj"]),
+            Linear(w["self_attn.k_proj"]),
+            Linear(w["self_attn.v_proj"]),
+            position_T,
+            head_dim=config.head_dim,
+            inv_freq=self.inv_freq,
+            interleaved=False,
+            qk_norm_eps=None,
+            temperature=None,
+        )
         if self.target.cache_bfloat16:
             k, v = k.bfloat16().float(), v.bfloat16().float()
         hidden_TH = hidden_TH + attention_decode(q, k, v, position_T).flatten(1) @ w["self_attn.o_proj"].T
@@ -179,7 +203,8 @@ class DraftReference:
         return rmsnorm(hidden_TH, w["norm"], eps) @ self.lm_head.T, hidden_TH
 
     def chain(self, token_ids: Sequence[int], layer_outputs: list[torch.Tensor], num_drafts: int) -> list[torch.Tensor]:
-        """Logits of each of `num_drafts` greedy chain steps. `token_ids` has one token more than the features have rows."""
+        """Logits of each of `num_drafts` greedy chain steps. `token_ids` has one token more than the features have
+        rows."""
         hidden_TH, tokens, steps = self.combine(layer_outputs), list(token_ids[1:]), []
         for _ in range(num_drafts):
             logits, out_TH = self.forward(tokens, hidden_TH)

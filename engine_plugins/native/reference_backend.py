@@ -1,9 +1,11 @@
 """The reference model behind the engine's interface, for machines without a compiler.
 
 What it is: correct and slow: it recomputes a request's whole sequence at each cycle.
-What it refuses to be: chosen silently; `counters()["backend"]` says "reference" and the bundle warned when it was opened.
+What it refuses to be: chosen silently; `counters()["backend"]` says "reference" and the bundle warned when it was
+opened.
 Run it: `python -m pytest tests/engine_plugins/test_reference_backend.py`.
 """
+
 from __future__ import annotations
 
 import time
@@ -53,7 +55,7 @@ class UnpackedBundle:
         stack = raw if raw.ndim == 5 else raw[None]
         out = np.stack([unpack(m, shape[-2], shape[-1]) for m in stack])
         if out.dtype == np.uint8:
-            scale = self._packed.float32(f"{name}.weight_scale").reshape(len(stack), -1, 1)[:, :shape[-2]]
+            scale = self._packed.float32(f"{name}.weight_scale").reshape(len(stack), -1, 1)[:, : shape[-2]]
             out = E4M3_TO_FLOAT[out] * scale
         else:
             out = (out.astype(np.uint32) << 16).view(np.float32)
@@ -77,13 +79,13 @@ class UnpackedBundle:
             restored = np.empty_like(weight)
             restored[order] = weight
             weight = restored
-        for out, part in zip(outs, np.split(weight, np.cumsum(rows)[:-1])):
+        for out, part in zip(outs, np.split(weight, np.cumsum(rows)[:-1]), strict=False):
             self._arrays[f"{out}.weight"] = part
             self.vector(f"{out}.input_scale", f"{name}.input_scale")
 
     def gated(self, gate: str, up: str, name: str, size: int) -> None:
         """Split alternating gate/up groups."""
-        for out, part in zip((gate, up), separate(self.packed(name))):
+        for out, part in zip((gate, up), separate(self.packed(name)), strict=False):
             self._arrays[f"{out}.weight"] = part[:size]
             self.vector(f"{out}.input_scale", f"{name}.input_scale")
 
@@ -145,7 +147,7 @@ def unpack_draft(bundle: Bundle) -> UnpackedBundle:
     t.linear(["midlayer.self_attn.o_proj"], "draft.o", [d.hidden_size])
     t.gated("midlayer.mlp.gate_proj", "midlayer.mlp.up_proj", "draft.gate_up", d.intermediate_size)
     t.linear(["midlayer.mlp.down_proj"], "draft.down", [d.hidden_size])
-    t._arrays["midlayer.mlp.down_proj.weight"] = t._arrays["midlayer.mlp.down_proj.weight"][:, :d.intermediate_size]
+    t._arrays["midlayer.mlp.down_proj.weight"] = t._arrays["midlayer.mlp.down_proj.weight"][:, : d.intermediate_size]
     t.vector("norm.weight", "draft.norm")
     t.linear(["lm_head"], "draft.lm_head", [d.draft_vocab_size])
     t.plain("embed_tokens.weight", "draft.embed")
@@ -196,7 +198,7 @@ class ReferenceBackend:
 
     def _decode(self, state: _Slot) -> Result:
         logits, _ = self._model.forward(state.tokens + state.drafts)
-        rows = logits[len(state.tokens) - 1:].numpy()
+        rows = logits[len(state.tokens) - 1 :].numpy()
         if self._forced and state.drafts:
             state.forced_debt += self._forced - 1
             accepted = min(len(state.drafts), int(state.forced_debt))

@@ -4,6 +4,7 @@ What it is: a thin layer over `tokenizers` and the checkpoint's own Jinja templa
 What it refuses to be: a template of its own; what the model was trained with is what is served.
 Run it: `python -c "from engine_plugins.native.tokenizer import ChatTokenizer; ..."`; the engine owns one.
 """
+
 from __future__ import annotations
 
 import datetime
@@ -56,7 +57,9 @@ class ChatTokenizer:
 
     def _need(self) -> None:
         if not self.available:
-            raise InputError("the bundle has no tokenizer", self.where, "send token ids, or build from a checkpoint with one")
+            raise InputError(
+                "the bundle has no tokenizer", self.where, "send token ids, or build from a checkpoint with one"
+            )
 
     def render_chat(self, messages: Sequence[dict[str, Any]]) -> str:
         """The prompt text of a conversation, ready for the assistant's turn."""
@@ -100,10 +103,10 @@ class TextStream:
         if not self._tokenizer.available:
             return ""
         self._ids.extend(token_ids)
-        before = self._tokenizer.decode(self._ids[self._start:self._done])
-        after = self._tokenizer.decode(self._ids[self._start:])
+        before = self._tokenizer.decode(self._ids[self._start : self._done])
+        after = self._tokenizer.decode(self._ids[self._start :])
         if final or not after.endswith("\ufffd"):
-            self._held += after[len(before):]
+            self._held += after[len(before) :]
             self._done = len(self._ids)
             self._start = max(self._start, self._done - self.WINDOW)
         return self._release(final)
@@ -115,7 +118,7 @@ class TextStream:
             delta, self._held = self._held[:cut], ""
         else:
             keep = 0 if final else self._partial_stop()
-            delta, self._held = self._held[:len(self._held) - keep], self._held[len(self._held) - keep:]
+            delta, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         self.text += delta
         return delta
 

@@ -1,1 +1,2 @@
-"""One folder per fused operator: contract, one fp32 reference, CPU source and device sources. Tests import the reference."""
+"""One folder per fused operator: contract, one fp32 reference, CPU source and device sources. Tests import the
+reference."""

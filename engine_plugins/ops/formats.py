@@ -4,6 +4,7 @@ What it is: torch fp32 fake quantization shared by every op's reference, and the
 What it refuses to be: fast; it is the oracle.
 Run it: `python -m pytest tests/engine_plugins/test_formats.py`.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

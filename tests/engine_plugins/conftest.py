@@ -1,4 +1,6 @@
-"""Session fixtures: random checkpoints and the bundles built from them, each made once. Run: `pytest tests/engine_plugins`."""
+"""Session fixtures: random checkpoints and the bundles built from them, each made once. Run: `pytest
+tests/engine_plugins`."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -18,7 +20,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
     root = tmp_path_factory.mktemp("models")
     save_llama4(root / "tiny")
-    save_llama4(root / "scout", use_qk_norm=True, tie_word_embeddings=True, interleave_moe_layer_step=1, num_hidden_layers=4)
+    save_llama4(
+        root / "scout", use_qk_norm=True, tie_word_embeddings=True, interleave_moe_layer_step=1, num_hidden_layers=4
+    )
     save_llama3(root / "llama3")
     save_draft(root / "draft")
     return root
@@ -28,7 +32,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundles(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny (draft, k=3), scout and llama3 (no draft)."""
     root = tmp_path_factory.mktemp("bundles")
-    build_bundle(models / "tiny", root / "tiny", draft=models / "draft", draft_tokens=3, max_seq_len=256, max_batch_size=4)
+    build_bundle(
+        models / "tiny", root / "tiny", draft=models / "draft", draft_tokens=3, max_seq_len=256, max_batch_size=4
+    )
     for name in ("scout", "llama3"):
         build_bundle(models / name, root / name, max_seq_len=256, max_batch_size=2)
     return root
@@ -36,7 +42,8 @@ def bundles(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fp8_checkpoint(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny, quantized and exported by modelopt; `fake.pt` beside it holds the fake-quantized model's own layer calls."""
+    """tiny, quantized and exported by modelopt; `fake.pt` beside it holds the fake-quantized model's own layer
+    calls."""
     from tests.engine_plugins.quantized import export_fp8
 
     root = tmp_path_factory.mktemp("fp8")

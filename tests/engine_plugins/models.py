@@ -1,4 +1,6 @@
-"""Random models for the engine's tests: small enough for a second, with every layer type. Run: imported by conftest.py."""
+"""Random models for the engine's tests: small enough for a second, with every layer type. Run: imported by
+conftest.py."""
+
 from __future__ import annotations
 
 import json
@@ -10,11 +12,27 @@ import torch
 from safetensors.torch import save_file
 
 TINY: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_hidden_layers": 8, "intermediate_size": 72, "intermediate_size_mlp": 136, "num_local_experts": 4,
-    "interleave_moe_layer_step": 2, "attention_chunk_size": 32, "attn_temperature_tuning": True, "floor_scale": 16,
-    "attn_scale": 0.1, "use_qk_norm": False, "tie_word_embeddings": False, "max_position_embeddings": 512,
-    "eos_token_id": [2], "bos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.1,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 8,
+    "intermediate_size": 72,
+    "intermediate_size_mlp": 136,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 32,
+    "attn_temperature_tuning": True,
+    "floor_scale": 16,
+    "attn_scale": 0.1,
+    "use_qk_norm": False,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    "eos_token_id": [2],
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
 }
 
 
@@ -29,7 +47,8 @@ def randomize(model: torch.nn.Module) -> None:
 
 
 def save_llama4(path: Path, *, fp32_linears: bool = False, **changes: Any) -> Path:
-    """A random Llama4ForCausalLM checkpoint. `fp32_linears` leaves what will be quantized in fp32: BF16 values often sit on
+    """A random Llama4ForCausalLM checkpoint. `fp32_linears` leaves what will be quantized in fp32: BF16 values
+    often sit on
     an exact tie of the FP8 grid, where modelopt's export and its fake quantization round differently."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
@@ -52,18 +71,36 @@ def save_llama3(path: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32}
-    config = LlamaConfig(vocab_size=512, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                         num_hidden_layers=3, intermediate_size=136, max_position_embeddings=512, rope_parameters=rope,
-                         tie_word_embeddings=True, initializer_range=0.1)
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=3,
+        intermediate_size=136,
+        max_position_embeddings=512,
+        rope_parameters=rope,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     randomize(model)
     model.save_pretrained(path)
     return path
 
 
-def save_draft(path: Path, *, draft_vocab: int = 256, twice: bool = False, target: dict[str, Any] = TINY, sharp: float = 3.0) -> Path:
+def save_draft(
+    path: Path, *, draft_vocab: int = 256, twice: bool = False, target: dict[str, Any] = TINY, sharp: float = 3.0
+) -> Path:
     """A random EAGLE-3 head in TensorRT-LLM's layout."""
     generator = torch.Generator().manual_seed(3)
     H, heads, kv, D, inter = target["hidden_size"], 4, 2, 16, 120
@@ -76,21 +113,38 @@ def save_draft(path: Path, *, draft_vocab: int = 256, twice: bool = False, targe
         return (1 + 0.2 * torch.randn(H, generator=generator)).to(torch.bfloat16)
 
     tensors = {
-        "fc.weight": weight(H, 3 * H), "norm.weight": norm(), "lm_head.weight": weight(draft_vocab, H) * sharp,
+        "fc.weight": weight(H, 3 * H),
+        "norm.weight": norm(),
+        "lm_head.weight": weight(draft_vocab, H) * sharp,
         **{f"midlayer.{n}.weight": norm() for n in ("input_layernorm", "hidden_norm", "post_attention_layernorm")},
-        "midlayer.self_attn.q_proj.weight": weight(heads * D, 2 * H), "midlayer.self_attn.k_proj.weight": weight(kv * D, 2 * H),
-        "midlayer.self_attn.v_proj.weight": weight(kv * D, 2 * H), "midlayer.self_attn.o_proj.weight": weight(H, heads * D),
-        "midlayer.mlp.gate_proj.weight": weight(inter, H), "midlayer.mlp.up_proj.weight": weight(inter, H),
-        "midlayer.mlp.down_proj.weight": weight(H, inter)}
+        "midlayer.self_attn.q_proj.weight": weight(heads * D, 2 * H),
+        "midlayer.self_attn.k_proj.weight": weight(kv * D, 2 * H),
+        "midlayer.self_attn.v_proj.weight": weight(kv * D, 2 * H),
+        "midlayer.self_attn.o_proj.weight": weight(H, heads * D),
+        "midlayer.mlp.gate_proj.weight": weight(inter, H),
+        "midlayer.mlp.up_proj.weight": weight(inter, H),
+        "midlayer.mlp.down_proj.weight": weight(H, inter),
+    }
     if draft_vocab < target["vocab_size"]:
         ids = torch.randperm(target["vocab_size"], generator=generator)[:draft_vocab].sort().values
         tensors["d2t"] = ids - torch.arange(draft_vocab)
     save_file(tensors, path / "model.safetensors")
     config = {
-        "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "hidden_size": H, "intermediate_size": inter,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": D, "num_hidden_layers": 1,
-        "vocab_size": target["vocab_size"], "draft_vocab_size": draft_vocab, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "max_position_embeddings": 512, "eagle_config": {"use_input_layernorm_in_first_layer": twice}}
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": H,
+        "intermediate_size": inter,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": D,
+        "num_hidden_layers": 1,
+        "vocab_size": target["vocab_size"],
+        "draft_vocab_size": draft_vocab,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "eagle_config": {"use_input_layernorm_in_first_layer": twice},
+    }
     (path / "config.json").write_text(json.dumps(config))
     return path
 

@@ -1,4 +1,6 @@
-"""modelopt's FP8 export of a random model, with the inputs and outputs of its own quantized layers. Run: by conftest.py."""
+"""modelopt's FP8 export of a random model, with the inputs and outputs of its own quantized layers. Run: by
+conftest.py."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """What a bundle refuses, and what happens without a compiler. Run: `pytest tests/engine_plugins/test_bundle.py`."""
+
 from __future__ import annotations
 
 import json
@@ -21,6 +22,7 @@ from tests.engine_plugins.models import tokens
 @pytest.fixture
 def broken(models: Path, tmp_path: Path) -> Callable[[str, Callable[[dict], None]], Path]:
     """Copy of a model or draft directory with its tensors changed."""
+
     def change(name: str, edit: Callable[[dict], None]) -> Path:
         copy = tmp_path / name
         shutil.copytree(models / name, copy)
@@ -48,7 +50,9 @@ def test_nan_weights_are_refused_by_name(broken: Callable[..., Path], tmp_path: 
 
 def test_a_missing_tensor_is_named(broken: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="self_attn.k_proj.weight is missing"):
-        build_bundle(broken("tiny", lambda t: t.pop("model.layers.2.self_attn.k_proj.weight")), tmp_path / "out", max_seq_len=64)
+        build_bundle(
+            broken("tiny", lambda t: t.pop("model.layers.2.self_attn.k_proj.weight")), tmp_path / "out", max_seq_len=64
+        )
 
 
 def test_a_truncated_file_is_refused(models: Path, tmp_path: Path) -> None:
@@ -73,9 +77,15 @@ def test_a_draft_map_that_is_no_bijection_is_refused(broken: Callable[..., Path]
         build_bundle(models / "tiny", tmp_path / "out", draft=draft, draft_tokens=3, max_seq_len=64)
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    ({"max_seq_len": 4096}, "max_seq_len"), ({"draft_tokens": 16}, "draft_tokens"), ({"max_batch_size": 0}, "max_batch_size"),
-    ({"plugins": ["magic"]}, "unknown plugin")])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"max_seq_len": 4096}, "max_seq_len"),
+        ({"draft_tokens": 16}, "draft_tokens"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"plugins": ["magic"]}, "unknown plugin"),
+    ],
+)
 def test_options_outside_the_contract_are_refused(models: Path, tmp_path: Path, options: dict, match: str) -> None:
     options = {"draft": models / "draft", "draft_tokens": 3, "max_seq_len": 64, **options}
     with pytest.raises(InputError, match=match):
@@ -91,8 +101,9 @@ def test_one_flipped_bit_is_noticed(copied_bundle: Path, name: str) -> None:
         load_bundle(copied_bundle)
 
 
-@pytest.mark.parametrize(("key", "value", "match"), [
-    ("machine", "aarch64", "built for aarch64"), ("kilotok_bundle", 99, "schema 99")])
+@pytest.mark.parametrize(
+    ("key", "value", "match"), [("machine", "aarch64", "built for aarch64"), ("kilotok_bundle", 99, "schema 99")]
+)
 def test_another_architecture_or_schema_is_refused(copied_bundle: Path, key: str, value: object, match: str) -> None:
     record = json.loads((copied_bundle / "bundle.json").read_text())
     record[key] = value
@@ -117,7 +128,10 @@ def test_without_a_compiler_the_reference_serves_the_same_tokens(
     assert slow.counters()["backend"] == "reference"
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     prompt = tokens(6)
-    assert slow.generate([prompt], params)[0].token_ids == open_engine(bundles / "tiny").generate([prompt], params)[0].token_ids
+    assert (
+        slow.generate([prompt], params)[0].token_ids
+        == open_engine(bundles / "tiny").generate([prompt], params)[0].token_ids
+    )
 
 
 def test_a_source_that_does_not_compile_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,6 @@
-"""Every op folder has a contract and a reference, and shapes outside it are refused. Run: `pytest tests/engine_plugins`."""
+"""Every op folder has a contract and a reference, and shapes outside it are refused. Run: `pytest
+tests/engine_plugins`."""
+
 from __future__ import annotations
 
 import importlib

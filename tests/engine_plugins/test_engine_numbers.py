@@ -2,6 +2,7 @@
 
 Run: `pytest tests/engine_plugins/test_engine_numbers.py`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from tests.engine_plugins.models import save_draft, tokens
 
 
 @pytest.mark.parametrize("name", ["tiny", "scout", "llama3"])
-def test_logits_agree_with_the_reference(models: Path, bundles: Path, name: str, open_engine: Callable[..., Engine]) -> None:
+def test_logits_agree_with_the_reference(
+    models: Path, bundles: Path, name: str, open_engine: Callable[..., Engine]
+) -> None:
     model = ReferenceModel.from_checkpoint(models / name)
     model.cache_bfloat16 = True
     ids = tokens(200)
@@ -51,7 +54,9 @@ def test_both_instruction_sets_give_the_same_bits(bundles: Path, open_engine: Ca
 @pytest.mark.parametrize("threads", [1, 3, 8])
 def test_threads_do_not_change_a_bit(bundles: Path, threads: int, open_engine: Callable[..., Engine]) -> None:
     ids = tokens(150)
-    assert np.array_equal(open_engine(bundles / "tiny", threads=threads).logits(ids), open_engine(bundles / "tiny").logits(ids))
+    assert np.array_equal(
+        open_engine(bundles / "tiny", threads=threads).logits(ids), open_engine(bundles / "tiny").logits(ids)
+    )
 
 
 def test_a_row_does_not_depend_on_how_many_run_with_it(bundles: Path, open_engine: Callable[..., Engine]) -> None:
@@ -89,17 +94,34 @@ def test_draft_reference_agrees_with_modelopts_head(models: Path, tmp_path: Path
 
     draft = save_draft(tmp_path / "draft", twice=twice)
     model = ReferenceModel.from_checkpoint(models / "tiny", draft)
-    config = LlamaConfig(vocab_size=512, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                         num_hidden_layers=1, intermediate_size=120, rms_norm_eps=1e-5, max_position_embeddings=512,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    for key, value in {"use_last_layernorm": True, "use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
-                       "draft_vocab_size": 256, "has_lm_head": True, "eagle_decoder_type": "llama"}.items():
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_hidden_layers=1,
+        intermediate_size=120,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    for key, value in {
+        "use_last_layernorm": True,
+        "use_aux_hidden_state": True,
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 4],
+        "draft_vocab_size": 256,
+        "has_lm_head": True,
+        "eagle_decoder_type": "llama",
+    }.items():
         setattr(config, key, value)
     config._attn_implementation = "eager"
     theirs = EagleModule(config, LlamaDecoderLayer)
     theirs._maybe_init_rope()
-    names = {f"layers.0.{k}" if k.startswith(("self_attn", "mlp", "input_l", "hidden_n", "post_")) else k: v
-             for k, v in model.draft.weights.items()}
+    names = {
+        f"layers.0.{k}" if k.startswith(("self_attn", "mlp", "input_l", "hidden_n", "post_")) else k: v
+        for k, v in model.draft.weights.items()
+    }
     theirs.load_state_dict({f"{k}.weight": v for k, v in names.items()}, strict=False)
     ids, features = tokens(20), torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
     mask = torch.full((20, 20), float("-inf")).triu(1)[None, None]
@@ -111,7 +133,9 @@ def test_draft_reference_agrees_with_modelopts_head(models: Path, tmp_path: Path
     assert torch.allclose(hidden, before_norm[0], atol=1e-4) == twice
 
 
-def test_sampled_output_is_the_same_on_any_number_of_threads(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_sampled_output_is_the_same_on_any_number_of_threads(
+    bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.0, top_p=0.9, seed=7, ignore_eos=True)
     one = open_engine(bundles / "tiny", threads=1).generate(prompts, params)
     many = open_engine(bundles / "tiny", threads=4).generate(prompts, params)

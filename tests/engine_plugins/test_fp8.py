@@ -1,4 +1,5 @@
 """FP8 as modelopt means it: grid, scales, cache. Run: `pytest tests/engine_plugins/test_fp8.py`."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,13 +33,15 @@ def test_exported_layer_computes_what_modelopt_computed(fp8_checkpoint: Path, pa
 
 
 def test_experts_take_one_scale_for_all(fp8_checkpoint: Path) -> None:
-    given, expected = torch.load(fp8_checkpoint / "fake.pt", weights_only=True)["calls"]["model.layers.1.feed_forward.experts"]
+    given, expected = torch.load(fp8_checkpoint / "fake.pt", weights_only=True)["calls"][
+        "model.layers.1.feed_forward.experts"
+    ]
     experts = ReferenceModel.from_checkpoint(fp8_checkpoint).layers[1]["experts"]
     rows = given.shape[0] // len(experts)
     for index, (gate, up, down) in enumerate(experts):
-        x = given[index * rows:(index + 1) * rows]
+        x = given[index * rows : (index + 1) * rows]
         ours = down(torch.nn.functional.silu(gate(x)) * up(x))
-        assert (ours - expected[index * rows:(index + 1) * rows]).abs().mean() < 1e-4
+        assert (ours - expected[index * rows : (index + 1) * rows]).abs().mean() < 1e-4
 
 
 def test_attention_rounds_keys_and_values(fp8_checkpoint: Path) -> None:
@@ -51,15 +54,22 @@ def test_attention_rounds_keys_and_values(fp8_checkpoint: Path) -> None:
         assert difference.mean() < 1e-4  # a tie in rounding may fall either way; a missing rounding gives 1e-2
 
 
-def test_engine_agrees_with_the_reference(fp8_checkpoint: Path, fp8_bundle: Path, open_engine: Callable[..., Engine]) -> None:
-    """Short texts: one value that falls on the other side of a tie changes everything after it, so most must be exact."""
+def test_engine_agrees_with_the_reference(
+    fp8_checkpoint: Path, fp8_bundle: Path, open_engine: Callable[..., Engine]
+) -> None:
+    """Short texts: one value that falls on the other side of a tie changes everything after it, so most must be
+    exact."""
     engine, model = open_engine(fp8_bundle), ReferenceModel.from_checkpoint(fp8_checkpoint)
-    worst = [np.abs(engine.logits(ids) - model.logits(ids)).max() for ids in (tokens(6, seed) for seed in range(40, 60))]
+    worst = [
+        np.abs(engine.logits(ids) - model.logits(ids)).max() for ids in (tokens(6, seed) for seed in range(40, 60))
+    ]
     assert np.median(worst) < 1e-4
     assert max(worst) < 1.0
 
 
-def test_engine_agrees_with_modelopts_model(fp8_checkpoint: Path, fp8_bundle: Path, open_engine: Callable[..., Engine]) -> None:
+def test_engine_agrees_with_modelopts_model(
+    fp8_checkpoint: Path, fp8_bundle: Path, open_engine: Callable[..., Engine]
+) -> None:
     record = torch.load(fp8_checkpoint / "fake.pt", weights_only=True)
     ours = torch.from_numpy(open_engine(fp8_bundle).logits(record["ids"]))
     theirs = record["logits"]
@@ -68,7 +78,9 @@ def test_engine_agrees_with_modelopts_model(fp8_checkpoint: Path, fp8_bundle: Pa
     assert kl.mean() < 0.02
 
 
-def test_fp8_speculation_does_not_change_greedy_output(fp8_bundle: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_fp8_speculation_does_not_change_greedy_output(
+    fp8_bundle: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     fast = open_engine(fp8_bundle).generate(prompts, params)
     slow = open_engine(fp8_bundle, speculate=False).generate(prompts, params)

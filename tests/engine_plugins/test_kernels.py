@@ -1,4 +1,5 @@
 """The GEMM tile and its formats on adversarial inputs. Run: `pytest tests/engine_plugins/test_kernels.py`."""
+
 from __future__ import annotations
 
 import ctypes
@@ -18,8 +19,11 @@ FINITE_CODES = np.array([c for c in range(256) if c & 0x7F != 0x7F], np.uint8)
 
 
 @pytest.fixture(params=["avx2", None])
-def gemm(request: pytest.FixtureRequest, bundles: Path, open_engine: Callable[..., Engine]) -> Callable[..., np.ndarray]:
-    """y [M, N] = x [M, K] times codes [N, K] with a scale per row, through the library. Padding is poisoned by the caller."""
+def gemm(
+    request: pytest.FixtureRequest, bundles: Path, open_engine: Callable[..., Engine]
+) -> Callable[..., np.ndarray]:
+    """y [M, N] = x [M, K] times codes [N, K] with a scale per row, through the library. Padding is poisoned by the
+    caller."""
     backend = open_engine(bundles / "tiny", isa=request.param).backend
     assert isinstance(backend, NativeBackend)
 
@@ -28,8 +32,14 @@ def gemm(request: pytest.FixtureRequest, bundles: Path, open_engine: Callable[..
         groups, pairs = packed.shape[:2]
         scales = np.pad(scale, (0, groups * 16 - n)).astype(np.float32) if scale is not None else None
         matrix = backend._lib.kt_gemm_new(
-            backend._handle, packed.ctypes.data, 0 if scale is not None else 1, groups * 16, pairs * 2,
-            scales.ctypes.data if scales is not None else None, ctypes.c_float(input_scale))
+            backend._handle,
+            packed.ctypes.data,
+            0 if scale is not None else 1,
+            groups * 16,
+            pairs * 2,
+            scales.ctypes.data if scales is not None else None,
+            ctypes.c_float(input_scale),
+        )
         padded = np.zeros((len(x), pairs * 2), np.float32)
         padded[:, :k] = x
         y = np.full((len(x), groups * 16), np.nan, np.float32)
@@ -39,7 +49,9 @@ def gemm(request: pytest.FixtureRequest, bundles: Path, open_engine: Callable[..
     return call
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 16), (1, 17, 18), (3, 33, 64), (4, 16, 130), (5, 48, 62), (9, 70, 64), (33, 31, 96)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 16, 16), (1, 17, 18), (3, 33, 64), (4, 16, 130), (5, 48, 62), (9, 70, 64), (33, 31, 96)]
+)
 def test_fp8_gemm_is_exact_up_to_summation(gemm: Callable[..., np.ndarray], m: int, n: int, k: int) -> None:
     rng = np.random.default_rng(m * n * k)
     codes, scale = rng.choice(FINITE_CODES, (n, k)), rng.uniform(0.01, 2, n).astype(np.float32)
@@ -70,13 +82,24 @@ def test_inputs_round_as_torch_rounds(gemm: Callable[..., np.ndarray]) -> None:
     """Every midpoint of the E4M3 grid, its neighbours, saturated values and zero, against torch's cast."""
     grid = np.unique(np.abs(E4M3_TO_FLOAT[FINITE_CODES]))
     middles = ((grid[1:] + grid[:-1]) / 2).astype(np.float32)
-    x = np.concatenate([grid, middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(999)),
-                        np.array([449, 1e6, 3e38], np.float32)])
+    x = np.concatenate(
+        [
+            grid,
+            middles,
+            np.nextafter(middles, np.float32(0)),
+            np.nextafter(middles, np.float32(999)),
+            np.array([449, 1e6, 3e38], np.float32),
+        ]
+    )
     x = np.concatenate([x, -x]).astype(np.float32)
     expected = torch.from_numpy(x).clamp(-448, 448).to(torch.float8_e4m3fn).float().numpy()
     one = np.array([[0x38, 0]], np.uint8)  # 1.0
-    ours = np.concatenate([gemm(np.stack([part, np.zeros_like(part)], 1), one, np.ones(1, np.float32), 1.0)[:, 0]
-                           for part in np.array_split(x, len(x) // 100)])
+    ours = np.concatenate(
+        [
+            gemm(np.stack([part, np.zeros_like(part)], 1), one, np.ones(1, np.float32), 1.0)[:, 0]
+            for part in np.array_split(x, len(x) // 100)
+        ]
+    )
     assert np.array_equal(ours, expected)
 
 

@@ -1,4 +1,5 @@
 """The reference agrees with transformers on every layer type. Run: `pytest tests/engine_plugins/test_reference.py`."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +15,9 @@ from tests.engine_plugins.models import tokens
 def test_agrees_with_transformers(models: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(models / name, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        models / name, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     ids = tokens(100)  # three chunks, six temperature steps
     with torch.no_grad():
         expected = theirs(torch.tensor([ids]), output_hidden_states=True)

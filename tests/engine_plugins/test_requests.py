@@ -1,4 +1,5 @@
 """Requests' lives: limits, stop conditions, cancellation, text. Run: `pytest tests/engine_plugins/test_requests.py`."""
+
 from __future__ import annotations
 
 import shutil
@@ -33,19 +34,25 @@ def test_a_prompt_too_long_is_refused_with_the_limit(bundles: Path, open_engine:
 
 
 @pytest.mark.parametrize("prompt", [[], [512], [-1]])
-def test_a_prompt_that_cannot_be_served_is_refused(bundles: Path, prompt: list[int], open_engine: Callable[..., Engine]) -> None:
+def test_a_prompt_that_cannot_be_served_is_refused(
+    bundles: Path, prompt: list[int], open_engine: Callable[..., Engine]
+) -> None:
     with pytest.raises(InputError):
         open_engine(bundles / "tiny").submit(prompt)
 
 
 @pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_parameters_that_make_no_sense_are_refused(bundles: Path, bad: dict, open_engine: Callable[..., Engine]) -> None:
+def test_parameters_that_make_no_sense_are_refused(
+    bundles: Path, bad: dict, open_engine: Callable[..., Engine]
+) -> None:
     with pytest.raises(InputError):
         open_engine(bundles / "tiny").submit([5], SamplingParams(**bad))
 
 
 def test_more_requests_than_slots_all_finish(bundles: Path, open_engine: Callable[..., Engine]) -> None:
-    done = open_engine(bundles / "tiny").generate([tokens(n % 9 + 1, n) for n in range(20)], SamplingParams(max_tokens=9, ignore_eos=True))
+    done = open_engine(bundles / "tiny").generate(
+        [tokens(n % 9 + 1, n) for n in range(20)], SamplingParams(max_tokens=9, ignore_eos=True)
+    )
     assert [len(c.token_ids) for c in done] == [9] * 20
 
 
@@ -75,7 +82,7 @@ def test_eos_ends_and_is_the_last_token(bundles: Path, open_engine: Callable[...
     free = engine.generate([prompt], SamplingParams(max_tokens=30, ignore_eos=True))[0].token_ids
     engine._eos = frozenset({free[10]})
     done = engine.generate([prompt], SamplingParams(max_tokens=30))[0]
-    assert (done.token_ids, done.finish_reason) == (free[:free.index(free[10]) + 1], "stop")
+    assert (done.token_ids, done.finish_reason) == (free[: free.index(free[10]) + 1], "stop")
 
 
 def test_events_add_up_to_the_completion(talking_bundle: Path, open_engine: Callable[..., Engine]) -> None:
@@ -93,7 +100,7 @@ def test_a_stop_string_ends_the_text_before_it(talking_bundle: Path, open_engine
     text = engine.generate([prompt], SamplingParams(max_tokens=60, ignore_eos=True))[0].text
     stop = text[20:24]
     done = engine.generate([prompt], SamplingParams(max_tokens=60, ignore_eos=True, stop=(stop,)))[0]
-    assert (done.text, done.finish_reason) == (text[:text.index(stop)], "stop")
+    assert (done.text, done.finish_reason) == (text[: text.index(stop)], "stop")
 
 
 def test_a_stop_string_over_a_token_border_is_never_shown() -> None:
@@ -121,7 +128,9 @@ def test_chat_goes_through_the_models_template(talking_bundle: Path, open_engine
     from transformers import AutoTokenizer
 
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 3?"}]
-    theirs = AutoTokenizer.from_pretrained(REAL_TOKENIZER).apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    theirs = AutoTokenizer.from_pretrained(REAL_TOKENIZER).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
     assert open_engine(talking_bundle).encode_chat(messages) == theirs
 
 

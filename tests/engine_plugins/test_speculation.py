@@ -1,4 +1,5 @@
 """Speculation changes speed, never output. Run: `pytest tests/engine_plugins/test_speculation.py`."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -13,7 +14,9 @@ from engine_plugins.ops.verify.reference import probabilities, verify_greedy, ve
 from tests.engine_plugins.models import tokens
 
 
-def test_greedy_output_is_the_same_with_and_without(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_greedy_output_is_the_same_with_and_without(
+    bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     batched = open_engine(bundles / "tiny").generate(prompts, params)
     alone = open_engine(bundles / "tiny", speculate=False)
@@ -25,18 +28,24 @@ def test_output_equals_teacher_forced_argmax(bundles: Path, open_engine: Callabl
     engine, prompt = open_engine(bundles / "tiny"), tokens(25)
     answer = engine.generate([prompt], SamplingParams(max_tokens=80, ignore_eos=True))[0].token_ids
     logits = engine.logits(prompt + answer)
-    assert answer == logits[len(prompt) - 1:-1].argmax(1).tolist()
+    assert answer == logits[len(prompt) - 1 : -1].argmax(1).tolist()
 
 
-def test_tokens_are_cycles_plus_accepted_drafts(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_tokens_are_cycles_plus_accepted_drafts(
+    bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     """The first token comes from the prompt's own cycle, which has no drafts."""
     engine = open_engine(bundles / "tiny", forced_acceptance=2.2)
     for done in engine.generate(prompts, SamplingParams(max_tokens=40, ignore_eos=True)):
-        assert 0 <= 1 + done.cycles + sum(done.accepted_by_position) - len(done.token_ids) <= 1  # the last cycle may be cut
+        assert (
+            0 <= 1 + done.cycles + sum(done.accepted_by_position) - len(done.token_ids) <= 1
+        )  # the last cycle may be cut
 
 
 @pytest.mark.parametrize("length", [1.0, 2.5, 4.0])
-def test_forced_acceptance_gives_the_length_asked_for(bundles: Path, length: float, open_engine: Callable[..., Engine]) -> None:
+def test_forced_acceptance_gives_the_length_asked_for(
+    bundles: Path, length: float, open_engine: Callable[..., Engine]
+) -> None:
     engine = open_engine(bundles / "tiny", forced_acceptance=length)
     done = engine.generate([tokens(5)], SamplingParams(max_tokens=201, ignore_eos=True))[0]
     assert 1 + sum(done.accepted_by_position) / done.cycles == pytest.approx(length, abs=0.05)
@@ -54,11 +63,17 @@ def _chi_square(observed: Counter, expected: np.ndarray, total: int) -> tuple[fl
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.3, 1.0), (0.25, 0.8)])
-def test_sampling_follows_the_targets_distribution(bundles: Path, temperature: float, top_p: float, open_engine: Callable[..., Engine]) -> None:
-    """Second and third token of 3000 requests, against probabilities from teacher-forced logits (rejection included)."""
+def test_sampling_follows_the_targets_distribution(
+    bundles: Path, temperature: float, top_p: float, open_engine: Callable[..., Engine]
+) -> None:
+    """Second and third token of 3000 requests, against probabilities from teacher-forced logits (rejection
+    included)."""
     engine, prompt, total = open_engine(bundles / "tiny", verify_digests=False), tokens(9, seed=5), 3000
     seconds: dict[int, Counter] = {}
-    params = [SamplingParams(max_tokens=3, temperature=temperature, top_p=top_p, seed=s, ignore_eos=True) for s in range(total)]
+    params = [
+        SamplingParams(max_tokens=3, temperature=temperature, top_p=top_p, seed=s, ignore_eos=True)
+        for s in range(total)
+    ]
     requests = [engine.submit(prompt, p) for p in params]
     while engine.has_work:
         engine.step()
@@ -89,7 +104,9 @@ def test_reference_greedy_stops_at_the_first_difference() -> None:
     assert verify_greedy(logits, [3, 1]) == [3, 1, 4]
 
 
-def test_a_seed_repeats_its_request_in_any_company(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_a_seed_repeats_its_request_in_any_company(
+    bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     params = SamplingParams(max_tokens=30, temperature=0.8, seed=11, ignore_eos=True)
     engine = open_engine(bundles / "tiny")
     alone = engine.generate([prompts[3]], params)[0].token_ids
@@ -105,7 +122,12 @@ def test_generation_up_to_the_last_position(bundles: Path, open_engine: Callable
     assert (len(fast.token_ids), fast.finish_reason) == (26, "length")
 
 
-def test_drafting_less_under_load_does_not_change_greedy_output(bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]) -> None:
+def test_drafting_less_under_load_does_not_change_greedy_output(
+    bundles: Path, prompts: list[list[int]], open_engine: Callable[..., Engine]
+) -> None:
     params = SamplingParams(max_tokens=30, ignore_eos=True)
-    outputs = [[c.token_ids for c in open_engine(bundles / "tiny", row_budget=budget).generate(prompts, params)] for budget in (4, 8, 64)]
+    outputs = [
+        [c.token_ids for c in open_engine(bundles / "tiny", row_budget=budget).generate(prompts, params)]
+        for budget in (4, 8, 64)
+    ]
     assert outputs[0] == outputs[1] == outputs[2]

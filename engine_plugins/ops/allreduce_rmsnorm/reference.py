@@ -3,6 +3,7 @@
 What it refuses to be: fast. Run it: `python -m pytest tests/engine_plugins`.
 Legend: M rows, H hidden.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,7 +19,11 @@ def rmsnorm(x_MH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Ten
 
 
 def allreduce_rmsnorm(
-    parts: Sequence[torch.Tensor], residual_MH: torch.Tensor, weight_H: torch.Tensor, eps: float, scale: float | None = None
+    parts: Sequence[torch.Tensor],
+    residual_MH: torch.Tensor,
+    weight_H: torch.Tensor,
+    eps: float,
+    scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(rounded norm [M, H], new residual [M, H]); the parts are summed in rank order."""
     residual_MH = residual_MH + sum(parts)

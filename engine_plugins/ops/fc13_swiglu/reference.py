@@ -3,6 +3,7 @@
 What it refuses to be: fast. Run it: `python -m pytest tests/engine_plugins`.
 Legend: M rows, K inputs, F intermediate.
 """
+
 from __future__ import annotations
 
 import torch

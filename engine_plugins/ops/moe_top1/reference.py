@@ -3,6 +3,7 @@
 What it refuses to be: fast. Run it: `python -m pytest tests/engine_plugins`.
 Legend: M rows, K hidden, E experts. An expert is (gate, up, down).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence

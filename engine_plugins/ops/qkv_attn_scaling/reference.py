@@ -4,6 +4,7 @@ What it refuses to be: fast. Run it: `python -m pytest tests/engine_plugins`.
 Legend: M rows, H hidden or heads, D head size. Formulas: transformers' Llama4TextAttention (RoPE, then L2 norm, then
 temperature); "Scalable-Softmax", arXiv 2501.19399, for the temperature.
 """
+
 from __future__ import annotations
 
 import torch
@@ -11,7 +12,9 @@ import torch
 from engine_plugins.ops.formats import Linear
 
 
-def apply_rope(x_MHD: torch.Tensor, position_M: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def apply_rope(
+    x_MHD: torch.Tensor, position_M: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
     """Rotate pairs (2i, 2i+1) when interleaved (Llama 4), else (i, i + D/2) (Llama 3)."""
     angle_M1F = (position_M.float()[:, None] * inv_freq[None, :])[:, None, :]
     cos, sin = angle_M1F.cos(), angle_M1F.sin()
@@ -33,10 +36,20 @@ def l2_norm(x_MHD: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def qkv_attn_scaling(
-    x_MH: torch.Tensor, q: Linear, k: Linear, v: Linear, position_M: torch.Tensor, *, head_dim: int,
-    inv_freq: torch.Tensor | None, interleaved: bool, qk_norm_eps: float | None, temperature: tuple[float, float] | None,
+    x_MH: torch.Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    position_M: torch.Tensor,
+    *,
+    head_dim: int,
+    inv_freq: torch.Tensor | None,
+    interleaved: bool,
+    qk_norm_eps: float | None,
+    temperature: tuple[float, float] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v as [M, heads, D]. `inv_freq` None means NoPE; `temperature` is (floor_scale, attn_scale) on NoPE layers."""
+    """q, k, v as [M, heads, D]. `inv_freq` None means NoPE; `temperature` is (floor_scale, attn_scale) on NoPE
+    layers."""
     rows = x_MH.shape[0]
     q_MHD, k_MHD, v_MHD = (linear(x_MH).view(rows, -1, head_dim) for linear in (q, k, v))
     if inv_freq is not None:

@@ -2,9 +2,13 @@
 
 What it refuses to be: top-k for k > 1. Run it: `python -m engine_plugins.native.bench --ops`.
 """
+
 from engine_plugins.contract import Axis, OpContract
 
 CONTRACT = OpContract(
-    name="router", does="expert logits, the best expert, sigmoid of its logit",
+    name="router",
+    does="expert logits, the best expert, sigmoid of its logit",
     axes={"M": Axis(1, 4096), "K": Axis(2, 1 << 20, 2), "E": Axis(1, 1024)},
-    inputs={"x_MK": "fp32, not quantized", "w_EK": "bf16"}, outputs={"expert_M": "int", "score_M": "fp32"})
+    inputs={"x_MK": "fp32, not quantized", "w_EK": "bf16"},
+    outputs={"expert_M": "int", "score_M": "fp32"},
+)

@@ -3,6 +3,7 @@
 What it refuses to be: fast. Run it: `python -m pytest tests/engine_plugins`.
 Legend: K drafted tokens, V vocabulary. Formula: Leviathan et al. 2023 (arXiv 2211.17192), algorithm 1.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ def verify_greedy(logits_KV: np.ndarray, drafts: Sequence[int]) -> list[int]:
 def verify_sampling(
     p_KV: np.ndarray, q_KV: np.ndarray, drafts: Sequence[int], uniform: Callable[[], float]
 ) -> list[int]:
-    """Accept draft i with probability min(1, p/q); at the first rejection sample max(p - q, 0); else one from the last p."""
+    """Accept draft i with probability min(1, p/q); at the first rejection sample max(p - q, 0); else one from the
+    last p."""
     tokens: list[int] = []
     for i, draft in enumerate(drafts):
         if uniform() * q_KV[i, draft] < p_KV[i, draft]:
