@@ -26,7 +26,6 @@ from tasks.deployment.steps import OnStep, opened
 from tasks.job import Job, Progress
 
 NATIVE_SERVER = ("python", "-m", "engine_plugins.native.server")
-SIGNATURE = "bundle.json.sig"
 
 
 def build(
@@ -57,7 +56,7 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
     if not record.is_file():
         raise InputError("there is no bundle here", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
     if deploy.get("require_signature"):
-        check_signature(bundle)
+        check_signature(bundle, job.root)
     name = str(job.spec["name"])
     plan = {
         "kilotok_deployment": 1,
@@ -97,8 +96,11 @@ def store_root(out: Path) -> Path:
     return out.parent.parent if out.parent.name == "work" else out.parent
 
 
-def check_signature(bundle: Path) -> None:
-    """Refuse an unsigned bundle."""
-    if not (bundle / SIGNATURE).is_file():
-        fix = "sign it (`kilotok store sign`), or set deploy.require_signature: false"
-        raise IntegrityError("the bundle is not signed and deploy.require_signature is set", str(bundle), fix)
+def check_signature(bundle: Path, root: Path) -> None:
+    """Refuse a bundle whose statement no trusted key of `specs/keys/` signed."""
+    from tasks.attest import check_signature as problem_of
+    from tasks.attest import trusted_keys
+
+    if problem := problem_of(bundle / ".provenance", trusted_keys(root)):
+        fix = "set KILOTOK_SIGNING_KEY and rebuild, or set deploy.require_signature: false"
+        raise IntegrityError(f"the bundle is {problem} and deploy.require_signature is set", str(bundle), fix)
