@@ -156,28 +156,15 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """config.json of a Llama4ForCausalLM, Llama4ForConditionalGeneration (its text part) or LlamaForCausalLM."""
-    config = _read_json(directory / "config.json")
-    if "text_config" in config:
-        config = {
-            **config["text_config"],
-            "eos_token_id": config.get("eos_token_id", config["text_config"].get("eos_token_id")),
-        }
-    kind = config.get("model_type", "")
-    if kind not in ("llama4_text", "llama4", "llama"):
-        raise InputError(
-            f"model_type {kind!r} is not supported", str(directory), "the native engine runs llama4 and llama"
-        )
-    generation = directory / "generation_config.json"
-    eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
-    common = {
+def _common_fields(config: dict[str, Any], eos: Any) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
         "intermediate_size": config["intermediate_size"],
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
@@ -185,44 +172,61 @@ def read_model_config(directory: Path) -> ModelConfig:
         "eos_token_ids": tuple(sorted(set(_as_tuple(config.get("eos_token_id")) + _as_tuple(eos)))),
         "bos_token_id": config.get("bos_token_id"),
     }
-    if config.get("attention_bias"):
-        raise InputError("attention_bias is not supported", str(directory), "use a model without attention biases")
-    layers, head_dim = common["num_layers"], common["head_dim"]
-    if kind == "llama":
-        return ModelConfig(
-            **common,
-            intermediate_size_mlp=config["intermediate_size"],
-            num_experts=0,
-            moe_layers=(),
-            rope_layers=(True,) * layers,
-            attention_chunk_size=0,
-            attn_temperature_tuning=False,
-            floor_scale=8192.0,
-            attn_scale=0.1,
-            use_qk_norm=False,
-            rope_interleaved=False,
-            rope_inv_freq=rope_inv_freq(config, head_dim, 10000.0),
-        )
-    if config.get("num_experts_per_tok", 1) != 1:
-        raise InputError("only top-1 routing is supported", str(directory), "use a Llama 4 model")
-    step = config.get("interleave_moe_layer_step", 1)
-    interval = config.get("no_rope_layer_interval", 4)
+
+
+def _llama3_fields(config: dict[str, Any], layers: int, head_dim: int) -> dict[str, Any]:
+    return {
+        "intermediate_size_mlp": config["intermediate_size"],
+        "num_experts": 0,
+        "moe_layers": (),
+        "rope_layers": (True,) * layers,
+        "attention_chunk_size": 0,
+        "attn_temperature_tuning": False,
+        "floor_scale": 8192.0,
+        "attn_scale": 0.1,
+        "use_qk_norm": False,
+        "rope_interleaved": False,
+        "rope_inv_freq": rope_inv_freq(config, head_dim, 10000.0),
+    }
+
+
+def _llama4_fields(config: dict[str, Any], layers: int, head_dim: int) -> dict[str, Any]:
+    step, interval = config.get("interleave_moe_layer_step", 1), config.get("no_rope_layer_interval", 4)
     moe = config.get("moe_layers")
     rope = config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]
-    return ModelConfig(
-        **common,
-        intermediate_size_mlp=config.get("intermediate_size_mlp", 16384),
-        num_experts=config.get("num_local_experts", 16),
-        moe_layers=tuple(moe) if moe is not None else tuple(range(step - 1, layers, step)),
-        rope_layers=tuple(bool(r) for r in rope[:layers]),
-        attention_chunk_size=config.get("attention_chunk_size") or 0,
-        attn_temperature_tuning=bool(config.get("attn_temperature_tuning", True)),
-        floor_scale=float(config.get("floor_scale", 8192)),
-        attn_scale=float(config.get("attn_scale", 0.1)),
-        use_qk_norm=bool(config.get("use_qk_norm", True)),
-        rope_interleaved=True,
-        rope_inv_freq=rope_inv_freq(config, head_dim, 500000.0),
-    )
+    return {
+        "intermediate_size_mlp": config.get("intermediate_size_mlp", 16384),
+        "num_experts": config.get("num_local_experts", 16),
+        "moe_layers": tuple(moe) if moe is not None else tuple(range(step - 1, layers, step)),
+        "rope_layers": tuple(bool(r) for r in rope[:layers]),
+        "attention_chunk_size": config.get("attention_chunk_size") or 0,
+        "attn_temperature_tuning": bool(config.get("attn_temperature_tuning", True)),
+        "floor_scale": float(config.get("floor_scale", 8192)),
+        "attn_scale": float(config.get("attn_scale", 0.1)),
+        "use_qk_norm": bool(config.get("use_qk_norm", True)),
+        "rope_interleaved": True,
+        "rope_inv_freq": rope_inv_freq(config, head_dim, 500000.0),
+    }
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """config.json of a Llama4ForCausalLM, Llama4ForConditionalGeneration (its text part) or LlamaForCausalLM."""
+    config = _read_json(directory / "config.json")
+    if "text_config" in config:
+        text = config["text_config"]
+        config = {**text, "eos_token_id": config.get("eos_token_id", text.get("eos_token_id"))}
+    kind = config.get("model_type", "")
+    where = str(directory)
+    if kind not in ("llama4_text", "llama4", "llama"):
+        raise InputError(f"model_type {kind!r} is not supported", where, "the native engine runs llama4 and llama")
+    if config.get("attention_bias"):
+        raise InputError("attention_bias is not supported", where, "use a model without attention biases")
+    if kind != "llama" and config.get("num_experts_per_tok", 1) != 1:
+        raise InputError("only top-1 routing is supported", where, "use a Llama 4 model")
+    generation = directory / "generation_config.json"
+    common = _common_fields(config, _read_json(generation).get("eos_token_id") if generation.exists() else None)
+    family = _llama3_fields if kind == "llama" else _llama4_fields
+    return ModelConfig(**common, **family(config, common["num_layers"], common["head_dim"]))
 
 
 def read_draft_config(directory: Path, target: ModelConfig) -> DraftConfig:
