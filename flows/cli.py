@@ -1,6 +1,7 @@
 """The `kilotok` command. Exit 0 pass, 1 a gate failed, 2 the input is wrong, 3 a stage failed.
 
-Refuses to hold logic: each verb is a few lines over `tasks`. Imports happen inside the verbs, so that `kilotok plan` answers
+Refuses to hold logic: each verb is a few lines over `tasks`. Imports happen inside the verbs, so that `kilotok
+plan` answers
 at once. Run it: `kilotok --help`.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The whole surface; a test holds it against the README."""
-    top = argparse.ArgumentParser(prog="kilotok", description="From one YAML spec to a served, measured, promoted LLM endpoint.")
+    top = argparse.ArgumentParser(
+        prog="kilotok", description="From one YAML spec to a served, measured, promoted LLM endpoint."
+    )
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, function: Any, text: str, *, spec: bool = True, store: bool = True, as_json: bool = False) -> argparse.ArgumentParser:
+    def verb(
+        name: str, function: Any, text: str, *, spec: bool = True, store: bool = True, as_json: bool = False
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(verb=function)
         if spec:
             sub.add_argument("spec", metavar="SPEC", help="path of a spec")
-            sub.add_argument("--set", dest="overrides", metavar="K=V", action="append", default=[], help="override a key: draft.training.epochs=3")
+            sub.add_argument(
+                "--set",
+                dest="overrides",
+                metavar="K=V",
+                action="append",
+                default=[],
+                help="override a key: draft.training.epochs=3",
+            )
         if store:
-            sub.add_argument("--store", metavar="URI", default=DEFAULT_STORE, help=f"directory or s3://bucket/prefix (default {DEFAULT_STORE})")
+            sub.add_argument(
+                "--store",
+                metavar="URI",
+                default=DEFAULT_STORE,
+                help=f"directory or s3://bucket/prefix (default {DEFAULT_STORE})",
+            )
         if as_json:
             sub.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object on stdout")
         return sub
@@ -63,10 +80,23 @@ def parser() -> argparse.ArgumentParser:
     report_.add_argument("name", nargs="?", metavar="SPEC", help="path or name of a spec")
     report_.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two build ids")
     verb("doctor", doctor, "check this machine: compiler, memory, disk, ports, GPU, Prefect", spec=False, as_json=True)
+    _store_verbs(verb)
+    verb("drain", drain, "finish what runs and stop the deployment of a spec")
+    verb("rollback", rollback, "bring the previous deployment of a spec back")
+    return top
+
+
+def _store_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """What one asks of artifacts rather than of specs."""
     why_ = verb("why", why, "every component of a stage's key that differs from its last build")
     why_.add_argument("stage", metavar="STAGE")
-    for name, function, text in (("verify", verify, "rehash an artifact, check its signature and its lineage"), ("lineage", lineage, "an artifact and what it was made from")):
-        verb(name, function, text, spec=False).add_argument("uri", metavar="URI", help="as printed by `kilotok store ls`")
+    for name, function, text in (
+        ("verify", verify, "rehash an artifact, check its signature and its lineage"),
+        ("lineage", lineage, "an artifact and what it was made from"),
+    ):
+        verb(name, function, text, spec=False).add_argument(
+            "uri", metavar="URI", help="as printed by `kilotok store ls`"
+        )
     diff_ = verb("diff", diff, "what changed between two artifacts, in words", spec=False)
     diff_.add_argument("artifacts", nargs=2, metavar=("A", "B"))
     gc_ = verb("gc", gc, "what is no longer needed; a dry run unless --delete", spec=False)
@@ -75,9 +105,6 @@ def parser() -> argparse.ArgumentParser:
     store_ = verb("store", store, "list artifacts, sum sizes, copy to or from another store", spec=False)
     store_.add_argument("action", choices=("ls", "du", "pull", "push"))
     store_.add_argument("other", nargs="?", metavar="URI", help="the other store, for pull and push")
-    verb("drain", drain, "finish what runs and stop the deployment of a spec")
-    verb("rollback", rollback, "bring the previous deployment of a spec back")
-    return top
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -118,7 +145,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Keys, hits, misses and reasons; stats files, reads none. A trtllm spec also shows how its server will be started."""
+    """Keys, hits, misses and reasons; stats files, reads none. A trtllm spec also shows how its server will be
+    started."""
     from specs.load import load_spec
     from specs.lock import check_lock, read_lock
     from tasks.plan import plan as make_plan
@@ -133,13 +161,15 @@ def plan(arguments: argparse.Namespace) -> int:
     planned = make_plan(spec, open_store(arguments.store))
     text = planned.to_text() + (f"\n  lock {found['lock']}" if found["lock"] != "ok" else "")
     if spec.engine.backend == "trtllm":
-        from engine_plugins.trtllm.render import render
         from engine_plugins.trtllm.kernels import record_kernels
+        from engine_plugins.trtllm.render import render
 
         kernels = [asdict(kernel) for kernel in record_kernels(spec)]
         found["engine"] = {"rendered": render(spec).to_dict(), "kernels": kernels}
         text += "\n\n  kernels of the record at this shape\n"
-        text += "\n".join(f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels)
+        text += "\n".join(
+            f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels
+        )
     print(json.dumps({**planned.to_dict(), **found}, indent=2) if arguments.as_json else text)
     return 0
 
@@ -150,7 +180,11 @@ def why(arguments: argparse.Namespace) -> int:
     from tasks.plan import why as explain
     from tasks.store import open_store
 
-    print("\n  ".join(explain(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store), arguments.stage)))
+    print(
+        "\n  ".join(
+            explain(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store), arguments.stage)
+        )
+    )
     return 0
 
 
@@ -200,13 +234,18 @@ def store(arguments: argparse.Namespace) -> int:
     here = open_store(arguments.store)
     if arguments.action == "ls":
         for row in upkeep.listing(here):
-            print(f"{row['created'][:19]}  {row['size_bytes'] / 1e6:12.1f} MB  {row['uri']}{'' if row['usable'] else '  (not a pass)'}")
+            remark = "" if row["usable"] else "  (not a pass)"
+            print(f"{row['created'][:19]}  {row['size_bytes'] / 1e6:12.1f} MB  {row['uri']}{remark}")
     elif arguments.action == "du":
         for stage, (count, size) in upkeep.usage(here).items():
             print(f"{stage:<14} {count:4d} artifacts {size / 1e6:12.1f} MB")
     else:
         if not arguments.other:
-            raise InputError(f"store {arguments.action} needs the other store", "URI", f"kilotok store {arguments.action} s3://bucket/prefix")
+            raise InputError(
+                f"store {arguments.action} needs the other store",
+                "URI",
+                f"kilotok store {arguments.action} s3://bucket/prefix",
+            )
         there = open_store(arguments.other)
         pair = (here, there) if arguments.action == "push" else (there, here)
         print("\n".join(upkeep.copy(*pair)) or "nothing to copy")
@@ -264,7 +303,11 @@ def report(arguments: argparse.Namespace) -> int:
         return 0
     record = build_record(store, _name(arguments.name))
     if not record["report"]:
-        raise InputError(f"build {record['build']} has no report", record["spec"], str((record["error"] or {}).get("what", "run it again")))
+        raise InputError(
+            f"build {record['build']} has no report",
+            record["spec"],
+            str((record["error"] or {}).get("what", "run it again")),
+        )
     print(record["report"])
     return 0
 

@@ -1,6 +1,7 @@
 """A Prefect server for the length of one run, when none is configured.
 
-Prefect's own temporary server times out on slow machines and loses task records, so `kilotok run` starts a real one with its
+Prefect's own temporary server times out on slow machines and loses task records, so `kilotok run` starts a
+real one with its
 database under `.kilotok/prefect` and stops it afterwards. Refuses to outlive its run or to touch a configured server.
 Run one for good with `prefect server start`; `kilotok run` then uses it through PREFECT_API_URL.
 """
@@ -56,7 +57,12 @@ def _start(home: Path) -> tuple[str, subprocess.Popen[bytes]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # The UI's browser code asks this API address; without it the pages load and stay empty.
-    env = {**os.environ, **QUIET, "PREFECT_HOME": str(home.resolve()), "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api"}
+    env = {
+        **os.environ,
+        **QUIET,
+        "PREFECT_HOME": str(home.resolve()),
+        "PREFECT_UI_API_URL": f"http://127.0.0.1:{port}/api",
+    }
     log = home / "server.log"
     argv = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     server = spawn(argv, log, env=env)
@@ -66,7 +72,9 @@ def _start(home: Path) -> tuple[str, subprocess.Popen[bytes]]:
             return f"http://127.0.0.1:{port}/api", server
         time.sleep(0.1)
     stop(server, 8.0)
-    raise NetworkError("the local Prefect server did not start", str(log), "read that log, or set PREFECT_API_URL to a running server")
+    raise NetworkError(
+        "the local Prefect server did not start", str(log), "read that log, or set PREFECT_API_URL to a running server"
+    )
 
 
 def _flush() -> None:

@@ -13,7 +13,12 @@ from contextvars import ContextVar
 from typing import Any
 from uuid import UUID
 
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 
 from tasks.build import Build
 
@@ -48,7 +53,9 @@ class _Narrator:
             if self._bar:
                 update_progress_artifact(self._bar, progress=100.0)
             receipt = event.receipt
-            log.info("%s %s in %.1f s: %s", receipt.stage, receipt.state, receipt.seconds, receipt.reason or receipt.uri)
+            log.info(
+                "%s %s in %.1f s: %s", receipt.stage, receipt.state, receipt.seconds, receipt.reason or receipt.uri
+            )
 
     def _progress(self, event: Any) -> None:
         # Nothing that ends within the first interval gets a bar.

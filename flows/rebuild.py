@@ -1,7 +1,9 @@
 """The main path as a Prefect flow: from a spec to a promoted endpoint and a report.
 
-Prefect orchestrates; the store is the truth, so every task looks its digest up before it builds and Prefect's own caching is
-off. Refuses to hold logic: a stage is in `tasks/`. Run it: `prefect deployment run 'rebuild/tiny-llama4-cpu'` or `kilotok run`.
+Prefect orchestrates; the store is the truth, so every task looks its digest up before it builds and Prefect's
+own caching is
+off. Refuses to hold logic: a stage is in `tasks/`. Run it: `prefect deployment run 'rebuild/tiny-llama4-cpu'`
+or `kilotok run`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ def is_transient(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), Transient)
 
 
-@task(cache_policy=NO_CACHE, retries=2, retry_delay_seconds=[5, 60], retry_condition_fn=is_transient, task_run_name="{stage}")
+@task(
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=is_transient,
+    task_run_name="{stage}",
+)
 def run(build: Build, stage: str, *_after: Receipt) -> Receipt:
     """Build or reuse one stage; `_after` draws the arrows in Prefect's graph."""
     return build.run(stage)

@@ -1,6 +1,7 @@
 """What a person sees while a build runs: one calm line per stage, a bar on long work, a verdict at the end.
 
-Refuses to be a log: details go to the stage's log file and to Prefect. Everything is written to stderr, so that stdout stays
+Refuses to be a log: details go to the stage's log file and to Prefect. Everything is written to stderr, so
+that stdout stays
 free for `--json`. Run it: `kilotok run SPEC`.
 """
 
@@ -39,14 +40,21 @@ class Terminal:
         # A bar that nobody watches is noise in a CI log: there the finished line is all.
         if not self.console.is_terminal:
             return
-        columns = (TextColumn("  [dim]…[/] {task.fields[stage]:<13}"), BarColumn(24), TimeElapsedColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn("  [dim]…[/] {task.fields[stage]:<13}"),
+            BarColumn(24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
         self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=5)
         self._task = self._bar.add_task("", total=None, stage=stage)
         self._bar.start()
 
     def _advance(self, event: Any) -> None:
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=event.done, total=event.total or None, description=escape(event.text))
+            self._bar.update(
+                self._task, completed=event.done, total=event.total or None, description=escape(event.text)
+            )
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -57,7 +65,8 @@ class Terminal:
         """The stage's one line: mark, name, state, seconds, size, and why it was not a hit."""
         reason = "" if receipt.state == "cached" else f"  [dim]{escape(receipt.reason)}[/]"
         size = human_bytes(receipt.size_bytes) if receipt.size_bytes else ""
-        self.console.print(f"  {MARKS[receipt.state]} {receipt.stage:<13} {receipt.state:<7} {receipt.seconds:7.1f} s {size:>10}{reason}")
+        done = f"{receipt.state:<7} {receipt.seconds:7.1f} s"
+        self.console.print(f"  {MARKS[receipt.state]} {receipt.stage:<13} {done} {size:>10}{reason}")
 
     def say(self, text: str) -> None:
         self.console.print(text)
@@ -83,6 +92,10 @@ def verdict_lines(record: Mapping[str, Any]) -> list[str]:
         headline += f", {tps / metrics['baseline.tps_per_user.p50']:.1f}x the BF16 baseline"
     colour = {"PASS": "green", "UNDERPOWERED": "yellow"}.get(record["verdict"], "red")
     lines = ["", f"  verdict   [bold {colour}]{record['verdict']}[/]  {headline}"]
-    lines += [f"            [red]✗[/] {gate['metric']}: {escape(gate['reason'])}" for gate in record["gates"] if gate["verdict"] != "PASS"]
+    lines += [
+        f"            [red]✗[/] {gate['metric']}: {escape(gate['reason'])}"
+        for gate in record["gates"]
+        if gate["verdict"] != "PASS"
+    ]
     lines += [f"  {name:<9} {record[name]}" for name in ("report", "endpoint") if record.get(name)]
     return lines

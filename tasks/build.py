@@ -43,7 +43,11 @@ class Build:
     def run(self, stage: str) -> Receipt:
         """Build or reuse one stage. A failure is recorded, then raised."""
         started = time.monotonic()
-        extra = {"receipts": [receipt.to_json() for receipt in self.receipts.values()], "last_good": self.last_good, "build": self.id}
+        extra = {
+            "receipts": [receipt.to_json() for receipt in self.receipts.values()],
+            "last_good": self.last_good,
+            "build": self.id,
+        }
         try:
             receipt = run_stage(stage, self.spec, self.receipts, self.store, self.listen, extra=extra)
         except KilotokError as error:
@@ -76,7 +80,9 @@ class Build:
         record = {
             "build": self.id,
             "spec": self.spec.name,
-            "started": datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc).isoformat(
+                timespec="seconds"
+            ),
             "seconds": round(time.time() - self.started, 3),
             "stages": [_stage_row(receipt) for receipt in self.receipts.values()],
             "metrics": metrics,

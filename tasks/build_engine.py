@@ -1,6 +1,7 @@
 """From an FP8 checkpoint and a draft to a bundle: the directory an engine is started from, and nothing else.
 
-`native`: weights in kernel layout and the fused ops compiled for this machine. `trtllm`: the PyTorch backend has no engine
+`native`: weights in kernel layout and the fused ops compiled for this machine. `trtllm`: the PyTorch backend
+has no engine
 file, so the bundle is checkpoint, draft, the rendered LLM arguments, environment and argv for the pinned version.
 Refuses to start anything. Run it: `kilotok run SPEC` (stage `build_engine`).
 """
@@ -53,7 +54,12 @@ def _trtllm(job: Job, progress: Progress) -> dict[str, float]:
     _link_tree(job.inputs["train_draft"], job.out / "draft")
     # JSON is YAML: the server reads this file, people read launch.json beside it.
     (job.out / "args.yaml").write_text(json.dumps(rendered.args_yaml, indent=2, sort_keys=True) + "\n")
-    launch = {"argv": rendered.argv, "env": rendered.env, "args": rendered.args_yaml, "version": job.spec["engine"]["version"]}
+    launch = {
+        "argv": rendered.argv,
+        "env": rendered.env,
+        "args": rendered.args_yaml,
+        "version": job.spec["engine"]["version"],
+    }
     (job.out / "launch.json").write_text(json.dumps(launch, indent=2, sort_keys=True) + "\n")
     progress(1, 1, "rendered")
     return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(job.spec["engine"]["plugins"]))}

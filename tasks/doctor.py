@@ -21,11 +21,25 @@ MIN_FREE_GB = 5  # the tiny model's store takes well under 1 GB; Maverick's plan
 
 def examine(store: Path) -> list[dict[str, Any]]:
     """Rows of {check, state: ok | missing | note, found, fix}."""
-    return [_python(), *(_package(name) for name in PACKAGES), _compiler(), _memory(), _disk(store), _gpu(), _trtllm(), _prefect()]
+    return [
+        _python(),
+        *(_package(name) for name in PACKAGES),
+        _compiler(),
+        _memory(),
+        _disk(store),
+        _gpu(),
+        _trtllm(),
+        _prefect(),
+    ]
 
 
 def _row(check: str, ok: bool | None, found: str, fix: str = "") -> dict[str, Any]:
-    return {"check": check, "state": {True: "ok", False: "missing", None: "note"}[ok], "found": found, "fix": "" if ok else fix}
+    return {
+        "check": check,
+        "state": {True: "ok", False: "missing", None: "note"}[ok],
+        "found": found,
+        "fix": "" if ok else fix,
+    }
 
 
 def _python() -> dict[str, Any]:
@@ -42,7 +56,12 @@ def _package(name: str) -> dict[str, Any]:
 
 def _compiler() -> dict[str, Any]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return _row("c++ compiler", compiler is not None, compiler or "none", "install g++; without it the engine runs its slow reference")
+    return _row(
+        "c++ compiler",
+        compiler is not None,
+        compiler or "none",
+        "install g++; without it the engine runs its slow reference",
+    )
 
 
 def _memory() -> dict[str, Any]:
@@ -53,7 +72,12 @@ def _memory() -> dict[str, Any]:
 def _disk(store: Path) -> dict[str, Any]:
     existing = next(parent for parent in (store, *store.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9
-    return _row("disk for the store", free >= MIN_FREE_GB, f"{free:.0f} GB free at {store}", "free some, or choose another --store")
+    return _row(
+        "disk for the store",
+        free >= MIN_FREE_GB,
+        f"{free:.0f} GB free at {store}",
+        "free some, or choose another --store",
+    )
 
 
 def _gpu() -> dict[str, Any]:
@@ -61,20 +85,37 @@ def _gpu() -> dict[str, Any]:
         return _row("gpu", None, "none found", "fine for backend native on the CPU; trtllm needs one")
     query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    return _row("gpu", found.returncode == 0 or None, (found.stdout or found.stderr).strip().replace("\n", "; "), "nvidia-smi fails: check the driver")
+    return _row(
+        "gpu",
+        found.returncode == 0 or None,
+        (found.stdout or found.stderr).strip().replace("\n", "; "),
+        "nvidia-smi fails: check the driver",
+    )
 
 
 def _trtllm() -> dict[str, Any]:
     there = importlib.util.find_spec("tensorrt_llm") is not None
-    return _row("tensorrt_llm", True if there else None, "installed" if there else "not installed", "only for backend trtllm, on a GPU machine: pip install '.[trtllm]'")
+    return _row(
+        "tensorrt_llm",
+        True if there else None,
+        "installed" if there else "not installed",
+        "only for backend trtllm, on a GPU machine: pip install '.[trtllm]'",
+    )
 
 
 def _prefect() -> dict[str, Any]:
     url = os.environ.get("PREFECT_API_URL")
-    return _row("prefect server", True if url else None, url or "PREFECT_API_URL not set", "fine: `kilotok run` starts one for the run")
+    return _row(
+        "prefect server",
+        True if url else None,
+        url or "PREFECT_API_URL not set",
+        "fine: `kilotok run` starts one for the run",
+    )
 
 
 def to_text(checks: list[dict[str, Any]]) -> str:
     """One line per check."""
     marks = {"ok": "✓", "missing": "✗", "note": "·"}
-    return "\n".join(f"  {marks[c['state']]} {c['check']:<20} {c['found']}{'  -> ' + c['fix'] if c['fix'] else ''}" for c in checks)
+    return "\n".join(
+        f"  {marks[c['state']]} {c['check']:<20} {c['found']}{'  -> ' + c['fix'] if c['fix'] else ''}" for c in checks
+    )

@@ -17,7 +17,9 @@ def build_record(store: Store, build_or_spec: str | None) -> dict[str, Any]:
     wanted = [name for name in builds if build_or_spec in (None, name.split("/")[-1], name.split("/")[1])]
     if not wanted:
         known = sorted({name.split("/")[1] for name in builds}) or ["none yet"]
-        raise InputError(f"no build of {build_or_spec!r}", store.uri, f"known: {', '.join(known)}; make one with `kilotok run SPEC`")
+        raise InputError(
+            f"no build of {build_or_spec!r}", store.uri, f"known: {', '.join(known)}; make one with `kilotok run SPEC`"
+        )
     record: dict[str, Any] = store.read_json(max(wanted, key=lambda name: name.split("/")[-1]))
     return record
 

@@ -1,6 +1,7 @@
 """Write prefect.yaml from the specs, so that a spec and its deployment cannot drift; a test holds the file in step.
 
-One `rebuild/<spec>` for every spec, with its nightly schedule. A spec without `nightly` keeps an inactive schedule, because
+One `rebuild/<spec>` for every spec, with its nightly schedule. A spec without `nightly` keeps an inactive
+schedule, because
 Prefect leaves an old schedule running when it disappears from the file.
 Run it after adding or renaming a spec: `python infra/prefect/deployments.py --write`.
 """

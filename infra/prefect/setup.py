@@ -1,6 +1,7 @@
 """What a Prefect server needs once before `prefect deploy --all`: work pools and the zombie automation. Idempotent.
 
-The zombie automation marks a run Crashed when its heartbeats stop, because a worker that is killed leaves its run Running for
+The zombie automation marks a run Crashed when its heartbeats stop, because a worker that is killed leaves its
+run Running for
 ever. Also prunes deployments whose spec has left Git: Prefect never does. Refuses to start servers or workers.
 Run it: `python infra/prefect/setup.py` with PREFECT_API_URL set.
 """
@@ -52,14 +53,24 @@ def zombie_automation() -> Automation:
         name=ZOMBIES,
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", "prefect.flow-run.Completed", "prefect.flow-run.Failed", "prefect.flow-run.Cancelled", "prefect.flow-run.Crashed"},
+            expect={
+                "prefect.flow-run.heartbeat",
+                "prefect.flow-run.Completed",
+                "prefect.flow-run.Failed",
+                "prefect.flow-run.Cancelled",
+                "prefect.flow-run.Crashed",
+            },
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
             within=WINDOW,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat for 10 minutes: the worker or its machine died")],
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, message="no heartbeat for 10 minutes: the worker or its machine died"
+            )
+        ],
     )
 
 

@@ -1,7 +1,9 @@
 """Time of one speculative cycle: one verify pass of k+1 tokens and k draft steps, operator by operator.
 
-Three levels, as in the roofline of the record: `hbm` = bytes / bandwidth (nothing can be faster), `hbm_ar` = plus one wire
-latency per all-reduce, `kernels` = every kernel pays its fixed cost and every all-reduce its measured one. Times in us, sizes
+Three levels, as in the roofline of the record: `hbm` = bytes / bandwidth (nothing can be faster), `hbm_ar` =
+plus one wire
+latency per all-reduce, `kernels` = every kernel pays its fixed cost and every all-reduce its measured one.
+Times in us, sizes
 in bytes, per GPU. Refuses to know what a stack adds on top: that is `calibrate.py`. Run it: `kilotok predict SPEC`.
 """
 
@@ -111,7 +113,9 @@ def _verify(gpu: Gpu, shape: Shape, setting: Setting, tokens: int) -> list[Opera
         result += [
             Operator("router", moe * shape.router_params * 2, *router),
             Operator("shared_expert", moe * shape.expert_params * shape.shared_experts * width / tp),
-            Operator("routed_experts", moe * shape.expert_params * distinct * width / tp, moe_kernels * moe, moe * moe_fixed),
+            Operator(
+                "routed_experts", moe * shape.expert_params * distinct * width / tp, moe_kernels * moe, moe * moe_fixed
+            ),
         ]
     return result
 
@@ -122,7 +126,9 @@ def _draft(gpu: Gpu, shape: Shape, draft: DraftShape, setting: Setting, *, first
     rows = [
         Operator("draft_norms", 0.0, 0, small),
         Operator("draft_qkv", 2 * shape.qkv_params * width / tp, 1, small),
-        Operator("draft_attention", setting.batch * setting.context * 2 * kv_heads * shape.head_dim * 2, 0, gpu.attn_us),
+        Operator(
+            "draft_attention", setting.batch * setting.context * 2 * kv_heads * shape.head_dim * 2, 0, gpu.attn_us
+        ),
         Operator("draft_o", shape.o_params * width / tp, 1),
         Operator("draft_mlp", 3 * hidden * draft.ffn * width / tp, 2),
         Operator("draft_lm_head", hidden * draft.vocab * width / tp, 1, 2 * small),
@@ -140,7 +146,9 @@ def _merged(rows: list[Operator]) -> tuple[Operator, ...]:
     return tuple(merged.values())
 
 
-def memory_gib_per_gpu(shape: Shape, draft: DraftShape | None, setting: Setting, max_seq_len: int, expert_parallel: int = 1) -> dict[str, float]:
+def memory_gib_per_gpu(
+    shape: Shape, draft: DraftShape | None, setting: Setting, max_seq_len: int, expert_parallel: int = 1
+) -> dict[str, float]:
     """{"weights", "draft", "kv_cache", "total"}: embedding and lm_head in BF16, KV for batch x max_seq_len."""
     gib, tp = 2.0**30, setting.tensor_parallel
     heads = (1 if shape.tied_embeddings else 2) * shape.head_params
@@ -149,7 +157,13 @@ def memory_gib_per_gpu(shape: Shape, draft: DraftShape | None, setting: Setting,
     kv = setting.batch * max_seq_len * shape.layers * 2 * kv_heads * shape.head_dim * setting.kv_bytes
     head = 0.0
     if draft:
-        params = 3 * shape.hidden**2 + 2 * shape.qkv_params + shape.o_params + 3 * shape.hidden * draft.ffn + shape.hidden * draft.vocab
+        params = (
+            3 * shape.hidden**2
+            + 2 * shape.qkv_params
+            + shape.o_params
+            + 3 * shape.hidden * draft.ffn
+            + shape.hidden * draft.vocab
+        )
         head = params * draft.bytes_per_weight / tp
     parts = {"weights": weights / gib, "draft": head / gib, "kv_cache": kv / gib}
     return {**parts, "total": sum(parts.values())}

@@ -15,12 +15,24 @@ import yaml
 from specs.errors import InputError
 
 FOLDER = Path(__file__).resolve().parents[2] / "specs" / "hardware"
-CONSTANTS = ("hbm_tbs", "memory_gb", "hbm_eff", "t0_us", "small_us", "attn_us", "ar_us", "ar_unfused_us", "ar_floor_us", "fp8_tflops")
+CONSTANTS = (
+    "hbm_tbs",
+    "memory_gb",
+    "hbm_eff",
+    "t0_us",
+    "small_us",
+    "attn_us",
+    "ar_us",
+    "ar_unfused_us",
+    "ar_floor_us",
+    "fp8_tflops",
+)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Per device. `t0_us`: from launch to data flowing; `ar_us`: fused all-reduce + RMSNorm of a decode-sized message."""
+    """Per device. `t0_us`: from launch to data flowing; `ar_us`: fused all-reduce + RMSNorm of a decode-sized
+    message."""
 
     name: str
     devices: int
@@ -64,9 +76,21 @@ def parse(data: dict[str, Any], path: Path) -> Gpu:
         if not isinstance(entry, dict) or not entry.get("source"):
             raise InputError(f"{constant} has no source", str(path), f"write {constant}: {{value: ..., source: ...}}")
         if not entry["value"] > 0:
-            raise InputError(f"{constant} is {entry['value']}", str(path), "give a value above 0 in the unit of its name")
+            raise InputError(
+                f"{constant} is {entry['value']}", str(path), "give a value above 0 in the unit of its name"
+            )
         values[constant] = float(entry["value"])
     price = data.get("price_per_device_hour")
     if price and not price.get("currency"):
-        raise InputError("price_per_device_hour has no currency", str(path), "write price_per_device_hour: {value: 3.5, currency: USD, source: ...}")
-    return Gpu(data["name"], int(data["devices"]), price_per_device_hour=price["value"] if price else None, currency=price["currency"] if price else None, **values)
+        raise InputError(
+            "price_per_device_hour has no currency",
+            str(path),
+            "write price_per_device_hour: {value: 3.5, currency: USD, source: ...}",
+        )
+    return Gpu(
+        data["name"],
+        int(data["devices"]),
+        price_per_device_hour=price["value"] if price else None,
+        currency=price["currency"] if price else None,
+        **values,
+    )

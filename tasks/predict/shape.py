@@ -1,6 +1,7 @@
 """What a decode step must read: the sizes of a Llama-shaped model and of its draft head, from an HF config.json.
 
-Refuses to know time or hardware. Dense Llama, Llama 4 (interleaved MoE, shared expert, chunked attention) and plain MoE configs
+Refuses to know time or hardware. Dense Llama, Llama 4 (interleaved MoE, shared expert, chunked attention) and
+plain MoE configs
 are read; anything else is named and refused. Run it: `kilotok predict SPEC`.
 """
 
@@ -98,8 +99,16 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     text = config.get("text_config", config)
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [name for name in needed if name not in text]:
-        raise InputError(f"no {', '.join(missing)}: not a Llama-shaped model", where, "predict knows llama, llama4 and MoE configs with HF's names")
-    layers, heads, experts = text["num_hidden_layers"], text["num_attention_heads"], text.get("num_local_experts") or text.get("num_experts") or 0
+        raise InputError(
+            f"no {', '.join(missing)}: not a Llama-shaped model",
+            where,
+            "predict knows llama, llama4 and MoE configs with HF's names",
+        )
+    layers, heads, experts = (
+        text["num_hidden_layers"],
+        text["num_attention_heads"],
+        text.get("num_local_experts") or text.get("num_experts") or 0,
+    )
     is_llama4 = str(text.get("model_type", "")).startswith("llama4")
     step = text.get("interleave_moe_layer_step", 1)
     chunk = (text.get("attention_chunk_size") or 0) if is_llama4 else 0
@@ -110,7 +119,9 @@ def shape_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         q_heads=heads,
         kv_heads=text.get("num_key_value_heads") or heads,
         head_dim=text.get("head_dim") or text["hidden_size"] // heads,
-        ffn_dense=text.get("intermediate_size_mlp", text["intermediate_size"]) if is_llama4 else text["intermediate_size"],
+        ffn_dense=text.get("intermediate_size_mlp", text["intermediate_size"])
+        if is_llama4
+        else text["intermediate_size"],
         vocab=text["vocab_size"],
         moe_layers=(layers // step if is_llama4 else layers) if experts else 0,
         ffn_expert=text.get("moe_intermediate_size", text["intermediate_size"]) if experts else 0,

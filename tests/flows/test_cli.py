@@ -20,12 +20,18 @@ TINY = "specs/tiny-llama4-cpu.yaml"
 
 
 def kilotok(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "flows.cli", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *argv], cwd=ROOT, capture_output=True, text=True, check=False
+    )
 
 
 def test_every_verb_of_the_contract_is_there() -> None:
     text = parser().format_help()
-    missing = [verb for verb in ("run", "plan", "lock", "schema", "serve", "status", "report", "doctor") if f"    {verb} " not in text]
+    missing = [
+        verb
+        for verb in ("run", "plan", "lock", "schema", "serve", "status", "report", "doctor")
+        if f"    {verb} " not in text
+    ]
     assert missing == []
 
 

@@ -1,6 +1,7 @@
 """One whole run of the tiny spec on a local Prefect server, in a copy of the tracked files; then what follows from it.
 
-What it hunts: stages that fit each other only in unit tests, a second run that builds again, an endpoint that does not answer, a
+What it hunts: stages that fit each other only in unit tests, a second run that builds again, an endpoint that
+does not answer, a
 README whose commands do not run. Takes about three minutes. Run it: `python -m pytest -m e2e tests/flows/test_e2e.py`.
 """
 
@@ -22,7 +23,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "specs/tiny-llama4-cpu.yaml"
-STAGES = ["download", "quantize", "synthesize", "train_draft", "build_engine", "deploy", "validate", "promote", "report"]
+STAGES = [
+    "download",
+    "quantize",
+    "synthesize",
+    "train_draft",
+    "build_engine",
+    "deploy",
+    "validate",
+    "promote",
+    "report",
+]
 pytestmark = pytest.mark.e2e
 
 # README commands that need what a test must not touch, each with the test that stands for it.
@@ -44,8 +55,14 @@ class Checkout:
         self.path = path
 
     def run(self, command: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": str(self.path), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        return subprocess.run(shlex.split(command), cwd=self.path, env=env, capture_output=True, text=True, timeout=timeout_s, check=False)
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(self.path),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        return subprocess.run(
+            shlex.split(command), cwd=self.path, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
 
     def build(self, *more: str) -> dict[str, Any]:
         result = self.run(f"kilotok run {TINY} --json {' '.join(more)}")
@@ -63,7 +80,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory):
             shutil.copy2(ROOT / name, path / name)
     # Speed on a shared test machine is not what is tested here; the bench and the nightly hold it.
     spec = path / TINY
-    spec.write_text(spec.read_text().replace("max_seconds: 150", "max_seconds: 60").replace("at_least: 0.9 of last_good", "at_least: 0.01 of last_good"))
+    spec.write_text(
+        spec.read_text()
+        .replace("max_seconds: 150", "max_seconds: 60")
+        .replace("at_least: 0.9 of last_good", "at_least: 0.01 of last_good")
+    )
     checkout = Checkout(path)
     yield checkout
     checkout.run(f"kilotok drain {TINY}")
@@ -80,7 +101,13 @@ def test_every_stage_is_built_in_order_and_passes(built: dict[str, Any]) -> None
 
 
 def test_the_metrics_scripts_rely_on_are_there(built: dict[str, Any]) -> None:
-    wanted = ["latency.tps_per_user.p50", "latency.ttft_ms.p50", "acceptance.length", "baseline.tps_per_user.p50", "acceptance.position.1"]
+    wanted = [
+        "latency.tps_per_user.p50",
+        "latency.ttft_ms.p50",
+        "acceptance.length",
+        "baseline.tps_per_user.p50",
+        "acceptance.position.1",
+    ]
     for task in ("code", "math", "facts", "extract"):
         wanted += [f"acceptance.length.{task}", f"accuracy.{task}.source", f"accuracy.{task}.served"]
     assert [name for name in wanted if name not in built["metrics"]] == []
@@ -98,14 +125,19 @@ def test_the_promoted_endpoint_answers_the_openai_client(built: dict[str, Any]) 
     messages: Any = [{"role": "user", "content": "Compute 12 + 7 - 4."}]
     whole = client.chat.completions.create(model=model, messages=messages, max_tokens=64)
     parts = client.chat.completions.create(model=model, messages=messages, max_tokens=64, stream=True)
-    assert "".join(part.choices[0].delta.content or "" for part in parts if part.choices) == whole.choices[0].message.content
+    assert (
+        "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+        == whole.choices[0].message.content
+    )
 
 
 def test_a_second_run_builds_nothing_and_is_quick(checkout: Checkout, built: dict[str, Any]) -> None:
     started = time.monotonic()
     again = checkout.build()
     assert {row["state"] for row in again["stages"]} == {"cached"}
-    assert time.monotonic() - started < 60  # 6 s on idle cores; a cold Prefect database on a busy machine takes most of this
+    assert (
+        time.monotonic() - started < 60
+    )  # 6 s on idle cores; a cold Prefect database on a busy machine takes most of this
     assert again["endpoint"] == built["endpoint"]
 
 

@@ -10,7 +10,9 @@ from tasks.runner import StageEvent
 
 
 def test_a_path_in_a_reason_is_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal()(StageEvent("quantize", "finished", receipt=Receipt("quantize", "", "failed", reason="died [/var/log/a.log]")))
+    Terminal()(
+        StageEvent("quantize", "finished", receipt=Receipt("quantize", "", "failed", reason="died [/var/log/a.log]"))
+    )
     assert "[/var/log/a.log]" in capsys.readouterr().err
 
 
@@ -20,7 +22,13 @@ def test_a_cached_stage_needs_no_reason(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_verdict_shows_acceptance_over_cycle() -> None:
-    record = {"metrics": {"latency.tps_per_user.p50": 1000.0, "acceptance.length": 2.5}, "verdict": "PASS", "gates": [], "report": "r", "endpoint": None}
+    record = {
+        "metrics": {"latency.tps_per_user.p50": 1000.0, "acceptance.length": 2.5},
+        "verdict": "PASS",
+        "gates": [],
+        "report": "r",
+        "endpoint": None,
+    }
     text = "\n".join(verdict_lines(record))
     assert "acceptance 2.50 / cycle 2.50 ms" in text and "PASS" in text
 
@@ -30,6 +38,8 @@ def test_failed_gates_are_listed_with_their_reason() -> None:
     assert "1.1 is below 2.2" in "\n".join(verdict_lines({"metrics": {}, "verdict": "FAIL", "gates": [gate]}))
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (8.1e11, "810.0 GB"), (2e12, "2.0 TB")])
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (8.1e11, "810.0 GB"), (2e12, "2.0 TB")]
+)
 def test_human_bytes(count: float, text: str) -> None:
     assert human_bytes(count) == text
