@@ -109,7 +109,8 @@ def test_waiting_run_takes_over_from_a_killed_one(child_toy: Toy) -> None:
 
 
 def test_interrupted_run_takes_its_child_along(child_toy: Toy) -> None:
-    process = start(child_toy, "wait")
+    # A test run that a shell put in the background ignores SIGINT, and its children would inherit that.
+    process = start(child_toy, "wait", lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     wait_for(lambda: child_toy.num_calls == 1, "the child")
     child = int((child_toy.root / "calls.txt").read_text().split()[0])
     process.send_signal(signal.SIGINT)
