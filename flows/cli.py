@@ -299,7 +299,8 @@ def report(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         from tasks.report import compare
 
-        print(compare(*(build_record(store, build) for build in arguments.compare), out=Path(".kilotok")))
+        before, after = (build_record(store, build) for build in arguments.compare)
+        print(compare(before, after, out=Path(".kilotok")))
         return 0
     record = build_record(store, _name(arguments.name))
     if not record["report"]:

@@ -48,8 +48,11 @@ def rebuild(spec: str, overrides: list[str] | None = None, store: str = "", buil
     candidate = run(build, "deploy", bundle)
     measured = run(build, "validate", candidate)
     verdict = build.outcome()["verdict"]
-    decided = run(build, "promote", measured) if verdict == "PASS" else build.discard_candidate()
-    run(build, "report", decided)
+    if verdict == "PASS":
+        measured = run(build, "promote", measured)
+    else:
+        build.discard_candidate()
+    run(build, "report", measured)
     record = build.write_record(verdict)
     publish_record(build, record)
     if verdict != "PASS":
