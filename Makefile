@@ -24,7 +24,9 @@ check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy specs tasks flows engine_plugins
 
 bench: install
-	$(BIN)/python infra/bench.py
+	$(BIN)/python -m tasks.validate.selftest --users 1 64
+	$(BIN)/python -m engine_plugins.native.bench --acceptance 2.5 --users 1 16 \
+	  --bundle $$(ls -td .kilotok/store/artifacts/build_engine/*/ | head -1) # of the last `make demo`
 
 clean:
 	rm -rf $(VENV) .kilotok

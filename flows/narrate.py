@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -63,7 +63,7 @@ class _Narrator:
             return
         self._last, percent = time.monotonic(), min(100.0, 100.0 * event.done / event.total)
         if self._bar is None:
-            self._bar = create_progress_artifact(percent, key=None, description=event.stage)
+            self._bar = cast(UUID, create_progress_artifact(percent, key=None, description=event.stage))
         else:
             update_progress_artifact(self._bar, progress=percent, description=f"{event.stage}: {event.text}")
 

@@ -53,9 +53,10 @@ def as_error(error: Exception, job: Job) -> KilotokError:
     """What crosses the border: our own errors as they are, a full disk as such, anything else by its name."""
     if isinstance(error, KilotokError):
         return error
-    ours = isinstance(error, OSError) and str(error.filename or job.out).startswith(str(job.out))
-    if ours and (known := as_store_error(error, error.filename or job.out)):
-        return known
+    if isinstance(error, OSError) and str(error.filename or job.out).startswith(str(job.out)):
+        known = as_store_error(error, error.filename or job.out)
+        if known:
+            return known
     return StageFailed(f"{job.stage} failed: {type(error).__name__}: {error}", job.stage)
 
 

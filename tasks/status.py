@@ -20,8 +20,7 @@ def build_record(store: Store, build_or_spec: str | None) -> dict[str, Any]:
         raise InputError(
             f"no build of {build_or_spec!r}", store.uri, f"known: {', '.join(known)}; make one with `kilotok run SPEC`"
         )
-    record: dict[str, Any] = store.read_json(max(wanted, key=lambda name: name.split("/")[-1]))
-    return record
+    return dict(store.read_json(max(wanted, key=lambda name: name.split("/")[-1])) or {})
 
 
 def collect(store: Store, name: str | None = None) -> dict[str, Any]:
