@@ -1,0 +1,124 @@
+"""Verbs about one spec: build it, plan it, lock it, and say why. Imports are inside the verbs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows.verbs.surface import Surface
+from specs.errors import GateFailed, InputError, KilotokError, LockError
+
+
+def register(add: Surface) -> None:
+    add("run", run, "build what changed, measure it, promote it if every gate passes", as_json=True)
+    add("plan", plan, "what a run would build, reuse and need, and why; runs nothing", as_json=True)
+    add("why", why, "every component of a stage's key that differs from its last build").add_argument(
+        "stage", metavar="STAGE"
+    )
+    add("lock", lock, "resolve the source to a commit and record every file's sha256", store=False)
+    add("schema", schema, "print the spec's JSON Schema", spec=False, store=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The flow, on the configured Prefect server or on one started for this run."""
+    from flows.local_server import prefect_server
+    from flows.terminal import Terminal, verdict_lines
+    from specs.load import load_spec
+    from specs.lock import check_lock, read_lock
+    from tasks.build import new_build_id
+    from tasks.store import open_store
+
+    spec = load_spec(Path(arguments.spec), arguments.overrides)  # before a server is started for a typo
+    check_lock(spec, read_lock(spec))
+    store, build_id = open_store(arguments.store), new_build_id()
+    terminal = Terminal()
+    terminal.say(f"[bold]kilotok[/] {spec.name}  build {build_id}")
+    failure: KilotokError | None = None
+    with prefect_server(Path(".kilotok/prefect"), terminal.say):
+        from flows.narrate import TERMINAL
+        from flows.rebuild import rebuild
+
+        TERMINAL.set(terminal)
+        try:
+            rebuild(arguments.spec, arguments.overrides, arguments.store, build_id)
+        except KilotokError as error:
+            failure = error
+    record = store.read_json(f"builds/{spec.name}/{build_id}")
+    if record is None:  # it ended before its first stage
+        raise failure or InputError("the build left no record", build_id)
+    if failure is None or isinstance(failure, GateFailed):
+        for line in verdict_lines(record):
+            terminal.say(line)
+    if arguments.as_json:
+        print(json.dumps(record, indent=2))
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Keys, hits, misses and reasons; stats files, reads none. A trtllm spec also shows how its server will be
+    started."""
+    from specs.load import load_spec
+    from specs.lock import check_lock, read_lock
+    from tasks.plan import plan as make_plan
+    from tasks.store import open_store
+
+    spec = load_spec(Path(arguments.spec), arguments.overrides)
+    found: dict[str, Any] = {"lock": "ok"}
+    try:
+        check_lock(spec, read_lock(spec))
+    except LockError as error:  # a plan is also for what cannot run yet
+        found["lock"] = str(error)
+    planned = make_plan(spec, open_store(arguments.store))
+    text = planned.to_text() + (f"\n  lock {found['lock']}" if found["lock"] != "ok" else "")
+    if spec.engine.backend == "trtllm":
+        from engine_plugins.trtllm.kernels import record_kernels
+        from engine_plugins.trtllm.render import render
+
+        kernels = [asdict(kernel) for kernel in record_kernels(spec)]
+        found["engine"] = {"rendered": render(spec).to_dict(), "kernels": kernels}
+        text += "\n\n  kernels of the record at this shape\n"
+        text += "\n".join(
+            f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels
+        )
+    print(json.dumps({**planned.to_dict(), **found}, indent=2) if arguments.as_json else text)
+    return 0
+
+
+def why(arguments: argparse.Namespace) -> int:
+    """The same reason as in the plan, then each component that differs."""
+    from specs.load import load_spec
+    from tasks.plan import why as explain
+    from tasks.store import open_store
+
+    print(
+        "\n  ".join(
+            explain(load_spec(Path(arguments.spec), arguments.overrides), open_store(arguments.store), arguments.stage)
+        )
+    )
+    return 0
+
+
+def lock(arguments: argparse.Namespace) -> int:
+    """Write specs/locks/NAME.yaml, to be committed."""
+    from specs.load import load_spec
+    from specs.lock import write_lock
+    from tasks.edges.hub import make_lock
+    from tasks.job import Progress
+
+    spec = load_spec(Path(arguments.spec), arguments.overrides)
+    locked = make_lock(spec, Progress())
+    print(f"locked {spec.name}: {len(locked.files)} files at {locked.revision} -> {write_lock(spec, locked)}")
+    return 0
+
+
+def schema(_arguments: argparse.Namespace) -> int:
+    """JSON Schema; point an editor at it for completion."""
+    from specs.schema import Spec
+
+    print(json.dumps(Spec.json_schema(), indent=2))
+    return 0
