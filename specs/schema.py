@@ -69,7 +69,7 @@ class DraftData(Section):
     """What the draft head learns from."""
 
     prompts: Annotated[str, rules.SOURCE] = Field(
-        description="JSONL of {id, domain, prompt}: `file:`, `s3://`, `hf://`."
+        description="JSONL of {id, domain, prompt}: `file:`, `s3://`, `hf://datasets/ORG/NAME[@COMMIT]/FILE`."
     )
     samples: Positive = measured(4096, "prompts", "Prompts to answer, spread over the domains.")
     answers: Literal["target"] = Field("target", description="Who answers: the quantized target, as it will be served.")

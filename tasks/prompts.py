@@ -1,7 +1,7 @@
 """Prompt files and chat templates, as the stages that read them agree on.
 
 A prompts file is JSON Lines: `id`, `domain`, `prompt`, and optionally `answer`. Every fault is named by file and line.
-Refuses to be a dataset library: no download, no sampling policy beyond "the same share of every domain, in file order".
+Refuses to be a dataset library: no sampling policy beyond "the same share of every domain, in file order".
 Run it: nothing to run; `python -m pytest tests/tasks/test_synthesize.py`.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specs.errors import InputError
+from specs.errors import InputError, IntegrityError, LockError
+from tasks.job import Job
 
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
@@ -36,12 +37,38 @@ class Prompt:
     answer: str = ""
 
 
-def resolve(uri: str, root: Path) -> Path:
-    """The local path of a `file:` URI or plain path; relative ones start at the repository root."""
+def resolve(uri: str, job: Job) -> Path:
+    """The local path of a data file; relative ones start at the repository root.
+
+    One in a bucket or on a hub is fetched into the job's scratch and must be what the lock says, byte for byte.
+    """
     if "://" in uri and not uri.startswith("file://"):
-        raise InputError(f"prompts from {uri.split('://')[0]}:// are not on this machine", uri, "use a file: path")
+        return _fetch(uri, job)
     path = Path(uri.removeprefix("file://").removeprefix("file:"))
-    return path if path.is_absolute() else root / path
+    return path if path.is_absolute() else job.root / path
+
+
+def _fetch(uri: str, job: Job) -> Path:
+    from tasks.edges.hub import open_file  # late: boto3 and huggingface_hub are slow, and rarely needed
+
+    locked = ((job.lock or {}).get("data") or {}).get(uri)
+    if locked is None:
+        raise LockError("the lock does not have this data file", uri, "run: kilotok lock SPEC")
+    target = job.scratch / "data" / hashlib.sha256(uri.encode()).hexdigest()[:12]
+    if target.is_file():  # of an earlier attempt; it was checked before it got this name
+        return target
+    target.parent.mkdir(exist_ok=True)
+    part, digest = target.with_suffix(".part"), hashlib.sha256()
+    source, path = open_file(uri, job.root)
+    with open(part, "wb") as stream:
+        for piece in source.read(path):
+            digest.update(piece)
+            stream.write(piece)
+    if digest.hexdigest() != locked["sha256"]:
+        part.unlink()
+        what = f"not what was locked: sha256 {digest.hexdigest()}, expected {locked['sha256']}"
+        raise IntegrityError(what, uri, "restore the file; if the change is meant, run: kilotok lock SPEC")
+    return part.rename(target)
 
 
 def read_prompts(path: Path) -> list[Prompt]:

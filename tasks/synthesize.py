@@ -41,7 +41,7 @@ Answerer = Callable[[list[Prompt]], Iterable[tuple[int, Answer]]]  # (index, ans
 def build(job: Job, progress: Progress) -> dict[str, float]:
     """answers.jsonl and summary.json in `job.out`; returns `synthesize.*` metrics."""
     spec, checkpoint = job.spec["draft"]["data"], job.inputs["quantize"]
-    path = resolve(spec["prompts"], job.root)
+    path = resolve(spec["prompts"], job)
     prompts = balanced(read_prompts(path), int(spec["samples"]), path)
     backend = job.spec.get("engine", {}).get("backend", "native")
     if backend != "native":

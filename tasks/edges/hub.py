@@ -75,7 +75,8 @@ def open_file(uri: str, root: Path, token: str | None = None) -> tuple[Source, s
         ids = 3 if parts[0] == "datasets" else 2
         if len(parts) <= ids:
             raise InputError("names a repository, not a file", uri, "write hf://datasets/ORG/NAME/FILE.jsonl")
-        return HubSource("hf://" + "/".join(parts[:ids]), "main", token), "/".join(parts[ids:])
+        repository, _, revision = "/".join(parts[:ids]).partition("@")  # NAME@COMMIT stays when the branch moves
+        return HubSource(f"hf://{repository}", revision or "main", token), "/".join(parts[ids:])
     if uri.startswith("file:") and not head:
         head, name = "file:.", uri.removeprefix("file:")
     return open_source(head, root), name

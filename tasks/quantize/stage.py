@@ -27,7 +27,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     recipe = calibrate.read_recipe(spec["recipe"], job.root)
     wanted = coverage.expected(config, recipe["quant_cfg"])
     template_sha256(source)  # no template, no calibration: the served prompts would look different
-    prompts = calibration_prompts(spec["calibration"], job.root)
+    prompts = calibration_prompts(spec["calibration"], job)
     detectors.check_finite(calibrate.non_finite_tensors(source), "source checkpoint")
 
     import transformers
@@ -96,9 +96,9 @@ def witness(
     return sorted(logits)[len(logits) // 2]
 
 
-def calibration_prompts(spec: dict[str, Any], root: Path) -> list[Prompt]:
+def calibration_prompts(spec: dict[str, Any], job: Job) -> list[Prompt]:
     """The calibration set, balanced over domains; one shorter than asked is refused."""
-    path = resolve(spec["dataset"], root)
+    path = resolve(spec["dataset"], job)
     prompts = read_prompts(path)
     samples = int(spec["samples"])
     if len(prompts) < samples:

@@ -62,11 +62,11 @@ class _Validation:
         self.accuracy, self.latency = self.settings["accuracy"], self.settings["latency"]
         self.draft_tokens = int(job.spec["engine"]["draft_tokens"])
         self.count = token_counter(job.inputs["download"] / "tokenizer.json")
-        self.problems_path = resolve(self.accuracy["problems"], job.root) if self.accuracy.get("problems") else None
+        self.problems_path = resolve(self.accuracy["problems"], job) if self.accuracy.get("problems") else None
         problems = read_problems(self.problems_path) if self.problems_path else []
         self.local = by_task(problems, self.accuracy["tasks"], self.accuracy.get("samples"), str(self.problems_path))
         prompts = self.latency.get("prompts")
-        self.prompts: list[Any] = list(read_prompts(resolve(prompts, job.root))) if prompts else list(problems)
+        self.prompts: list[Any] = list(read_prompts(resolve(prompts, job))) if prompts else list(problems)
         self.asks = self.choose(self.latency["requests"])  # refuses too few prompts before anything is spent
         self.metrics: dict[str, float] = {}
         self.findings: dict[str, dict[str, int]] = {}

@@ -18,6 +18,7 @@ from tasks import download
 from tasks.edges import hub
 from tasks.edges.secrets import resolve_secret
 from tasks.job import Job, Progress
+from tasks.prompts import read_prompts, resolve
 from tests.tasks.fake_hub import COMMIT, FakeHub
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
@@ -264,6 +265,44 @@ def test_bucket_part_is_continued(root: Path, bucket: str) -> None:
 def test_bucket_that_does_not_exist_is_named(root: Path, bucket: str) -> None:
     with pytest.raises(InputError, match="NoSuchBucket"):
         lock_of(root, "s3://no-such-bucket/toy")
+
+
+# ---------------------------------------------------------------- prompts that live elsewhere
+
+PROMPTS = b'{"id": "1", "domain": "code", "prompt": "x"}\n'
+
+
+def data_job(root: Path, uri: str, body: bytes = PROMPTS) -> Job:
+    lock = {"data": {uri: {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body)}}}
+    (root / "out").mkdir(exist_ok=True)
+    return Job("quantize", {}, root, {}, root / "out", lock)
+
+
+@pytest.fixture(params=["bucket", "hub"])
+def prompts_uri(request: pytest.FixtureRequest, root: Path) -> str:
+    if request.param == "bucket":
+        import boto3
+
+        request.getfixturevalue("bucket")
+        boto3.client("s3").put_object(Bucket="models", Key="data/prompts.jsonl", Body=PROMPTS)
+        return "s3://models/data/prompts.jsonl"
+    request.getfixturevalue("fake_hub").files["prompts.jsonl"] = PROMPTS
+    return f"hf://org/toy@{COMMIT}/prompts.jsonl"
+
+
+def test_prompts_from_elsewhere_are_read_as_locked(root: Path, prompts_uri: str) -> None:
+    job = data_job(root, prompts_uri)
+    assert [prompt.id for prompt in read_prompts(resolve(prompts_uri, job))] == ["1"]
+
+
+def test_prompts_that_are_not_what_was_locked_are_refused(root: Path, prompts_uri: str) -> None:
+    with pytest.raises(IntegrityError, match="not what was locked"):
+        resolve(prompts_uri, data_job(root, prompts_uri, b"other bytes"))
+
+
+def test_prompts_without_a_lock_are_refused(root: Path) -> None:
+    with pytest.raises(LockError, match="lock"):
+        resolve("s3://models/data/unlocked.jsonl", data_job(root, "s3://models/other.jsonl"))
 
 
 # ---------------------------------------------------------------- the lock against spec and source
