@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from tasks.plan import size_words
+
 MARKS = {"built": "[green]✓[/]", "cached": "[blue]≡[/]", "failed": "[red]✗[/]"}
 
 
@@ -64,21 +66,12 @@ class Terminal:
     def line(self, receipt: Any) -> None:
         """The stage's one line: mark, name, state, seconds, size, and why it was not a hit."""
         reason = "" if receipt.state == "cached" else f"  [dim]{escape(receipt.reason)}[/]"
-        size = human_bytes(receipt.size_bytes) if receipt.size_bytes else ""
+        size = size_words(receipt.size_bytes) if receipt.size_bytes else ""
         done = f"{receipt.state:<7} {receipt.seconds:7.1f} s"
         self.console.print(f"  {MARKS[receipt.state]} {receipt.stage:<13} {done} {size:>10}{reason}")
 
     def say(self, text: str) -> None:
         self.console.print(text)
-
-
-def human_bytes(count: float) -> str:
-    """Decimal units, as disks and links are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def verdict_lines(record: Mapping[str, Any]) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flows.terminal import Terminal, human_bytes, verdict_lines
+from flows.terminal import Terminal, verdict_lines
 from specs.receipts import Receipt
+from tasks.plan import size_words
 from tasks.runner import StageEvent
 
 
@@ -41,5 +42,5 @@ def test_failed_gates_are_listed_with_their_reason() -> None:
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (8.1e11, "810.0 GB"), (2e12, "2.0 TB")]
 )
-def test_human_bytes(count: float, text: str) -> None:
-    assert human_bytes(count) == text
+def test_sizes_are_decimal(count: float, text: str) -> None:
+    assert size_words(count) == text
