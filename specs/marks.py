@@ -116,8 +116,9 @@ class _Builder:
                 raise _broken(f"key {key!r} appears twice", self.mark(key_node), "keep one of them")
             if key == "<<" or not isinstance(key_node, yaml.ScalarNode):
                 raise _broken("a key must be plain text", self.mark(key_node), "use `extends` to share values")
-            self.marked.marks[(*path, key)] = self.mark(key_node)
-            data[key] = self.build(value_node, (*path, key), inside)
+            below = (*path, key)
+            self.marked.marks[below] = self.mark(key_node)
+            data[key] = self.build(value_node, below, inside)
         return data
 
 
