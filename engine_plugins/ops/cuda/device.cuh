@@ -1,0 +1,111 @@
+// What the kernels need from the machine: 16-byte loads, formats, mma, programmatic dependent launch.
+//
+// What it is: inline PTX on the device; under a C++ compiler the same names come from an emulator (the tests'), so that every
+// index a kernel computes is run without a GPU.
+// What it refuses to be: a library of tricks. One name per instruction that the kernels really use.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#define KT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define KT_INLINE __device__ __forceinline__
+#define KT_SHARED(type, name, count) __shared__ alignas(16) type name[count]
+#else
+#include "emulator.h"
+#endif
+
+namespace kilotok {
+
+constexpr int kWarp = 32;
+constexpr int kMaxTokens = 16;    // rows of one mma
+constexpr int kNarrowTokens = 8;  // all that a verify step needs; only gemm_low_latency takes more
+constexpr float kE4m3Max = 448.0f;
+
+enum Format { kE4m3 = 0, kBf16 = 1 };
+
+KT_INLINE float bf16_to_float(uint16_t bits) {
+  const uint32_t wide = (uint32_t)bits << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Round to nearest even; what is not a number stays so.
+KT_INLINE uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
+  return (uint16_t)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// A device function as the runtime's math gives it: expf, not __expf, because one step of E4M3 is all that is allowed.
+KT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+#ifdef __CUDACC__
+
+// Weights are read once: past L1, and in lines that the next warp's load wants too.
+KT_INLINE uint4 load_weight(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(at));
+  return v;
+}
+
+// What an earlier kernel wrote, read after grid_wait: coherent, so not through the read-only path.
+KT_INLINE uint4 load_activation(const void* at) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+  return v;
+}
+
+// Programmatic dependent launch. The kernel behind may start as soon as every block has called grid_launch_dependents; it
+// still waits in grid_wait until this grid has finished and its writes are seen, so calling it first is safe.
+KT_INLINE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+KT_INLINE void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Four floats to E4M3, saturated at +-448; the first is the lowest byte.
+KT_INLINE uint32_t pack_e4m3(float a, float b, float c, float d) {
+  uint16_t low, high;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(high) : "f"(d), "f"(c));
+  return (uint32_t)low | ((uint32_t)high << 16);
+}
+
+// d [16 tokens x 8 rows] += a [16 x k] b [k x 8], k = 32 E4M3 or 16 BF16 values; a fragment word holds 4 (or 2) of them. Lane
+// (g, t) = (lane / 4, lane % 4) gives tokens g and g + 8, row g, and gets rows 2t and 2t + 1 of tokens g and g + 8.
+// E4M3 unpacks to F16 and multiplies there, exactly, on sm_90a and sm_100a alike: sums are fp32, not Hopper's short ones.
+template <int F>
+KT_INLINE void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if (F == kE4m3)
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Eight bytes that arrive together: four of data and the epoch that says they are there. Two of them per access.
+KT_INLINE void store_flagged(void* at, uint32_t first, uint32_t second, uint32_t epoch) {
+  asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(first), "r"(epoch), "r"(second), "r"(epoch) : "memory");
+}
+
+KT_INLINE bool load_flagged(const void* at, uint32_t epoch, uint32_t& first, uint32_t& second) {
+  uint32_t flag_a, flag_b;
+  asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(first), "=r"(flag_a), "=r"(second), "=r"(flag_b) : "l"(at) : "memory");
+  return flag_a == epoch && flag_b == epoch;
+}
+
+#endif
+
+KT_INLINE float warp_sum(float value) {
+  for (int offset = kWarp / 2; offset; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+  return value;
+}
+
+}  // namespace kilotok

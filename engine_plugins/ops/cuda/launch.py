@@ -1,0 +1,176 @@
+"""The compiled CUDA library, called with torch tensors.
+
+What it is: one method per op that allocates the outputs and calls the C ABI of `api.cu` on the current stream. Nothing
+here synchronizes, so a call may be captured in a CUDA graph; torch's allocator then owns the outputs.
+What it refuses to be: a check of shapes (`library.py` has asked the contract) or of architecture (`compile.py` has).
+Run it: `python -m pytest tests/engine_plugins/test_cuda.py` runs it on the emulator.
+Legend: M tokens, K inputs, N outputs, F intermediate, E experts, R ranks, P rotated pairs, S positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from specs.errors import StageFailed
+
+E4M3, BF16 = 0, 1
+INBOX_TOKENS = 8  # kNarrowTokens
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+
+
+class _Moe(ctypes.Structure):
+    """`struct Moe` of moe_top1/kernel.cuh, in its order."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        *((name, _POINTER) for name in ("x8", "x", "logits", "shared13", "shared2", "routed13", "routed2")),
+        *((name, _POINTER) for name in ("shared13_scale", "routed13_scale", "shared2_scale", "routed2_scale")),
+        *((name, _POINTER) for name in ("shared_h", "routed_h", "y")),
+        *((name, _INT) for name in ("tokens", "hidden", "width", "experts")),
+        *((name, _FLOAT) for name in ("inv_routed_in", "inv_shared_h", "inv_routed_h")),
+    ]
+
+
+class _Norm(ctypes.Structure):
+    """`struct Norm` of allreduce_rmsnorm/kernel.cuh."""
+
+    _fields_: Sequence[tuple[str, type]] = [
+        *((name, _POINTER) for name in ("part", "residual", "weight", "y", "residual_out", "y8")),
+        ("hidden", _INT),
+        ("eps", _FLOAT),
+        ("inv_out_scale", _FLOAT),
+    ]
+
+
+class _Exchange(ctypes.Structure):
+    """`struct Exchange` of allreduce_rmsnorm/kernel.cuh."""
+
+    _fields_: Sequence[tuple[str, type]] = [("inbox", _POINTER), ("epoch", _POINTER), ("rank", _INT), ("ranks", _INT)]
+
+
+def inbox_bytes(ranks: int, hidden: int) -> int:
+    """Size of one rank's inbox: two parities, one row per source and token, four bytes of epoch beside four of data."""
+    return 2 * ranks * INBOX_TOKENS * hidden * 4
+
+
+class CudaLibrary:
+    """The shared library of one architecture."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lib = path, ctypes.CDLL(str(path))
+
+    def _call(self, name: str, like: torch.Tensor, *arguments: object) -> None:
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        error = getattr(self._lib, f"kt_{name}")(*arguments, _POINTER(stream))
+        if error:
+            raise StageFailed(f"launch failed with CUDA error {error}", name, "compare the shapes with the contract")
+
+    def _scratch(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        """What one kernel of an op leaves for the next."""
+        return like.new_empty(shape)
+
+    def gemm_low_latency(self, x_MK: torch.Tensor, w_NK: torch.Tensor, scale_N: torch.Tensor | None) -> torch.Tensor:
+        """BF16 [M, N]; E4M3 or BF16 operands, both the same."""
+        y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
+        dtype = BF16 if w_NK.dtype == torch.bfloat16 else E4M3
+        sizes = (_INT(x_MK.shape[0]), _INT(w_NK.shape[0]), _INT(x_MK.shape[1] * x_MK.element_size()))
+        self._call("gemm_low_latency", x_MK, _INT(dtype), _at(x_MK), _at(w_NK), _at(scale_N), _at(y_MN), *sizes)
+        return y_MN
+
+    def qkv_attn_scaling(
+        self,
+        x_MK: torch.Tensor,
+        w_NK: torch.Tensor,
+        scale_N: torch.Tensor,
+        position_M: torch.Tensor,
+        cos_sin_SP2: torch.Tensor | None,
+        q_rows: int,
+        k_rows: int,
+        head_dim: int,
+        floor_scale: float,
+        attn_scale: float,
+    ) -> torch.Tensor:
+        """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0."""
+        y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
+        pointers = (_at(x_MK), _at(w_NK), _at(scale_N), _at(position_M), _at(cos_sin_SP2), _at(y_MN))
+        sizes = (_INT(n) for n in (x_MK.shape[0], w_NK.shape[0], x_MK.shape[1], q_rows, k_rows, head_dim))
+        self._call("qkv_attn_scaling", x_MK, *pointers, *sizes, _FLOAT(floor_scale), _FLOAT(attn_scale))
+        return y_MN
+
+    def fc13_swiglu(
+        self, x_MK: torch.Tensor, w_2FK: torch.Tensor, scale_2F: torch.Tensor, out_scale: float
+    ) -> torch.Tensor:
+        """E4M3 [M, F] in units of out_scale, the down projection's input scale."""
+        h_MF = x_MK.new_empty((x_MK.shape[0], w_2FK.shape[0] // 2), dtype=torch.float8_e4m3fn)
+        sizes = (_INT(x_MK.shape[0]), _INT(h_MF.shape[1]), _INT(x_MK.shape[1]))
+        pointers = (_at(x_MK), _at(w_2FK), _at(scale_2F), _at(h_MF))
+        self._call("fc13_swiglu", x_MK, *pointers, *sizes, _FLOAT(1.0 / out_scale))
+        return h_MF
+
+    def router(self, x_MK: torch.Tensor, w_EK: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [M, E]."""
+        logits_ME = x_MK.new_empty((x_MK.shape[0], w_EK.shape[0]), dtype=torch.float32)
+        sizes = (_INT(x_MK.shape[0]), _INT(w_EK.shape[0]), _INT(x_MK.shape[1]))
+        self._call("router", x_MK, _at(x_MK), _at(w_EK), _at(logits_ME), *sizes)
+        return logits_ME
+
+    def moe_top1(
+        self,
+        x8_MK: torch.Tensor,
+        x_MK: torch.Tensor,
+        logits_ME: torch.Tensor,
+        shared13_2FK: torch.Tensor,
+        shared13_scale_2F: torch.Tensor,
+        shared2_KF: torch.Tensor,
+        shared2_scale: torch.Tensor,
+        routed13_E2FK: torch.Tensor,
+        routed13_scale_E2F: torch.Tensor,
+        routed2_EKF: torch.Tensor,
+        routed2_scale_E: torch.Tensor,
+        routed_in_scale: float,
+        shared_h_scale: float,
+        routed_h_scale: float,
+    ) -> torch.Tensor:
+        """BF16 [M, K]: shared expert plus each token's best one."""
+        (tokens, hidden), width = x_MK.shape, shared2_KF.shape[1]
+        y_MK = torch.empty_like(x_MK)
+        shared_h, routed_h = self._scratch(x8_MK, tokens, width), self._scratch(x8_MK, tokens, width)
+        tensors = (x8_MK, x_MK, logits_ME, shared13_2FK, shared2_KF, routed13_E2FK, routed2_EKF)
+        scales = (shared13_scale_2F, routed13_scale_E2F, shared2_scale, routed2_scale_E)
+        arguments = _Moe(
+            *(t.data_ptr() for t in (*tensors, *scales, shared_h, routed_h, y_MK)),
+            *(tokens, hidden, width, logits_ME.shape[1]),
+            *(1.0 / scale for scale in (routed_in_scale, shared_h_scale, routed_h_scale)),
+        )
+        self._call("moe_top1", x_MK, ctypes.byref(arguments))
+        return y_MK
+
+    def allreduce_rmsnorm(
+        self,
+        part_MH: torch.Tensor,
+        residual_MH: torch.Tensor,
+        weight_H: torch.Tensor,
+        inbox_R: torch.Tensor,
+        epoch_M: torch.Tensor,
+        rank: int,
+        eps: float,
+        out_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(E4M3 norm, BF16 norm, BF16 residual), each [M, H]; `inbox_R` holds every rank's inbox address as int64."""
+        y8_MH = torch.empty_like(part_MH, dtype=torch.float8_e4m3fn)
+        y_MH, residual_out_MH = torch.empty_like(part_MH), torch.empty_like(part_MH)
+        norm = _Norm(
+            *(t.data_ptr() for t in (part_MH, residual_MH, weight_H, y_MH, residual_out_MH, y8_MH)),
+            *(part_MH.shape[1], eps, 1.0 / out_scale),
+        )
+        exchange = _Exchange(inbox_R.data_ptr(), epoch_M.data_ptr(), rank, len(inbox_R))
+        arguments = (ctypes.byref(norm), ctypes.byref(exchange), _INT(part_MH.shape[0]))
+        self._call("allreduce_rmsnorm", part_MH, *arguments)
+        return y8_MH, y_MH, residual_out_MH
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return _POINTER(tensor.data_ptr() if tensor is not None else None)

@@ -1,0 +1,130 @@
+// moe_top1 on the GPU: two kernels, FC13 and FC2, for the shared expert and every distinct routed expert at once.
+//
+// What it is: each chosen expert's weights are read once, however many tokens chose it (the others' rows are zero in mma). The
+// shared expert's weights are fetched before the wait; a routed expert is not known then. The score multiplies the
+// activation before it is rounded to E4M3, as the checkpoint was calibrated.
+// What it refuses to be: top-k, or expert parallel.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+#pragma once
+#include "fc13_swiglu/kernel.cuh"
+#include "router/kernel.cuh"
+
+namespace kilotok {
+
+constexpr int kMoeBatch = 4;  // chunks of FC2 per warp and expert: 1024 over four warps
+
+struct Moe {
+  const uint8_t *x8_MK, *x_MK;  // E4M3 for the shared expert; BF16, rounded here for the routed ones
+  const float* logits_ME;
+  const uint8_t *shared13_2FK, *shared2_KF, *routed13_E2FK, *routed2_EKF;
+  const float *shared13_scale_2F, *routed13_scale_E2F, *shared2_scale, *routed2_scale_E;  // weight times input scale
+  uint8_t *shared_h_MF, *routed_h_MF;
+  uint16_t* y_MK;
+  int tokens, hidden, width, experts;
+  float inv_routed_in, inv_shared_h, inv_routed_h;  // 1 / input scale of: routed FC13, shared FC2, routed FC2
+};
+
+// Activations of the tokens that chose `wanted`, times their score, rounded to E4M3. `offset` counts E4M3 values.
+struct Scored {
+  const uint8_t* x;
+  const int* expert_M;
+  const float* score_M;
+  int wanted;
+  float inv_scale;
+  int tokens, row_bytes;
+
+  KT_INLINE uint32_t four(uint32_t low, uint32_t high, float score) const {
+    return pack_e4m3(bf16_to_float((uint16_t)low) * score * inv_scale, bf16_to_float((uint16_t)(low >> 16)) * score * inv_scale,
+                     bf16_to_float((uint16_t)high) * score * inv_scale, bf16_to_float((uint16_t)(high >> 16)) * score * inv_scale);
+  }
+  KT_INLINE uint4 operator()(int token, int offset) const {
+    if (token >= tokens || expert_M[token] != wanted) return zero16();
+    const uint8_t* at = x + ((long long)token * row_bytes + offset) * 2;
+    const uint4 low = load_activation(at), high = load_activation(at + 16);
+    const float score = score_M[token];
+    return uint4{four(low.x, low.y, score), four(low.z, low.w, score), four(high.x, high.y, score), four(high.z, high.w, score)};
+  }
+};
+
+struct GatedOfExpert {  // the same epilogue, for the tokens that chose this expert
+  Gated gated;
+  const int* expert_M;
+  int wanted;
+  KT_INLINE void operator()(int token, int f, const float2 (&sum)[2]) const {
+    if (expert_M[token] == wanted) gated(token, f, sum);
+  }
+};
+
+// Grid (tiles of F, 1 + tokens): row 0 is the shared expert, row s the s-th distinct routed one, if there is one.
+KT_KERNEL(256, 2) moe_fc13_kernel(Moe a, Cut cut) {
+  KT_SHARED(int, expert_M, kNarrowTokens);
+  KT_SHARED(float, score_M, kNarrowTokens);
+  KT_SHARED(int, chosen_S, kNarrowTokens);
+  grid_launch_dependents();
+  if (blockIdx.y == 0) {
+    const Stored x{a.x8_MK, a.tokens, a.hidden};
+    skinny_gemm<kE4m3, 2, false>(a.shared13_2FK, a.width, a.width, x, cut, Gated{a.shared13_scale_2F, a.shared_h_MF, a.width, a.inv_shared_h});
+    return;
+  }
+  grid_wait();
+  route(a.logits_ME, a.tokens, a.experts, expert_M, score_M, chosen_S);
+  const int expert = chosen_S[blockIdx.y - 1];
+  if (expert < 0) return;
+  const Scored x{a.x_MK, expert_M, score_M, expert, a.inv_routed_in, a.tokens, a.hidden};
+  const Gated gated{a.routed13_scale_E2F + (long long)expert * 2 * a.width, a.routed_h_MF, a.width, a.inv_routed_h};
+  skinny_gemm<kE4m3, 2, false>(a.routed13_E2FK + (long long)expert * 2 * a.width * a.hidden, a.width, a.width, x, cut,
+                        GatedOfExpert{gated, expert_M, expert});
+}
+
+struct OfExpert {  // rows of h whose token chose `wanted`; every row when it is -1
+  Stored h;
+  const int* expert_M;
+  int wanted;
+  KT_INLINE uint4 operator()(int token, int offset) const {
+    return wanted < 0 || (token < h.tokens && expert_M[token] == wanted) ? h(token, offset) : zero16();
+  }
+};
+
+// y = shared FC2 + routed FC2. Steps walk over (expert, batch of its chunks); the next step's weights load during this one's mma.
+KT_KERNEL(256, 3) moe_fc2_kernel(Moe a, Cut cut) {
+  KT_SHARED(int, expert_M, kNarrowTokens);
+  KT_SHARED(float, score_M, kNarrowTokens);
+  KT_SHARED(int, chosen_S, kNarrowTokens);
+  KT_SHARED(float2, shared, kMaxWarps * kPairs);
+  const Lane lane;
+  const int slice = lane.warp % cut.slices, begin = cut.begin(slice), end = cut.begin(slice + 1), mine = lane_end(end, a.width, lane);
+  const int index = (blockIdx.x * cut.tiles + lane.warp / cut.slices) * kTileRows + lane.group;
+  grid_launch_dependents();
+  uint4 now[1][kMoeBatch], next[1][kMoeBatch];
+  const uint8_t* row = lane_row(a.shared2_KF, index, a.hidden, a.width, lane);
+  load_batch(now[0], row, begin, mine);
+  grid_wait();
+  route(a.logits_ME, a.tokens, a.experts, expert_M, score_M, chosen_S);
+  float total[4] = {};
+  int slot = -1, expert = -1, chunk = begin;
+  while (true) {
+    const int this_expert = expert, this_chunk = chunk;
+    chunk += kMoeBatch;
+    if (chunk >= end) {  // on to the next expert
+      chunk = begin;
+      expert = ++slot < a.tokens ? chosen_S[slot] : -1;
+      row = lane_row(a.routed2_EKF + (long long)expert * a.hidden * a.width, index, a.hidden, a.width, lane);
+    }
+    const bool more = slot < 0 || expert >= 0;
+    if (more) load_batch(next[0], row, chunk, mine);
+    const OfExpert h{{this_expert < 0 ? a.shared_h_MF : a.routed_h_MF, a.tokens, a.width}, expert_M, this_expert};
+    const float scale = this_expert < 0 ? a.shared2_scale[0] : a.routed2_scale_E[this_expert];
+    float d[4] = {};
+    multiply_batch<kE4m3, false>(d, now, h, this_chunk, end, mine, lane);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] += d[i] * scale;
+    if (!more) break;
+#pragma unroll
+    for (int i = 0; i < kMoeBatch; ++i) now[0][i] = next[0][i];
+  }
+  put_sums<1>(shared, total);
+  __syncthreads();
+  finish_sums<1>(shared, cut, a.tokens, ScaledBf16{nullptr, a.y_MK, a.hidden});
+}
+
+}  // namespace kilotok

@@ -1,0 +1,44 @@
+// qkv_attn_scaling on the GPU: FC_QKV whose epilogue rotates Q and K (RoPE layers) or scales Q by position (NoPE layers).
+//
+// What it is: mma leaves the interleaved pair (2i, 2i + 1) of a head in one thread, so RoPE costs no exchange.
+// What it refuses to be: attention, or a writer of the KV cache.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+#pragma once
+#include "gemm_low_latency/kernel.cuh"
+
+namespace kilotok {
+
+// Rows are [q_rows | k_rows | v_rows]. cos_sin_SP2: [positions][head_dim / 2][cos, sin] or null (NoPE).
+struct Positioned {
+  ScaledBf16 out;
+  const int64_t* position_M;
+  const float2* cos_sin_SP2;
+  int q_rows, k_rows, head_dim;
+  float floor_scale, attn_scale;  // floor_scale 0: no temperature
+
+  KT_INLINE void operator()(int token, int n, const float2 (&sum)[1]) const {
+    if (n >= out.rows) return;
+    float even = sum[0].x * out.scale_N[n], odd = n + 1 < out.rows ? sum[0].y * out.scale_N[n + 1] : 0.0f;
+    if (cos_sin_SP2 && n < q_rows + k_rows) {
+      const float2 turn = cos_sin_SP2[position_M[token] * (head_dim / 2) + n % head_dim / 2];
+      const float first = even * turn.x - odd * turn.y;
+      odd = even * turn.y + odd * turn.x;
+      even = first;
+    }
+    if (floor_scale > 0.0f && n < q_rows) {
+      const float factor = log1pf(floorf(((float)position_M[token] + 1.0f) / floor_scale)) * attn_scale + 1.0f;
+      even *= factor;
+      odd *= factor;
+    }
+    uint16_t* to = out.y + (long long)token * out.rows + n;
+    to[0] = float_to_bf16(even);
+    if (n + 1 < out.rows) to[1] = float_to_bf16(odd);
+  }
+};
+
+KT_KERNEL(256, 3) qkv_attn_scaling_kernel(const void* w, Stored x, Positioned finish, Cut cut) {
+  grid_launch_dependents();
+  skinny_gemm<kE4m3, 1, false>(w, finish.out.rows, 0, x, cut, finish);
+}
+
+}  // namespace kilotok

@@ -1,0 +1,287 @@
+"""The CUDA sources, executed on the emulator: every index, predicate, fragment and barrier, against the references.
+
+Run it: `python -m pytest tests/engine_plugins/test_cuda.py` (needs g++, no GPU and no nvcc).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm
+from engine_plugins.ops.cuda.launch import CudaLibrary, inbox_bytes
+from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu
+from engine_plugins.ops.formats import Linear
+from engine_plugins.ops.moe_top1.reference import moe_top1
+from engine_plugins.ops.qkv_attn_scaling.reference import qkv_attn_scaling
+from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal, uniform
+
+OPS = Path(__file__).resolve().parents[2] / "engine_plugins" / "ops"
+EMULATOR = Path(__file__).resolve().parent / "emulator"
+
+
+def build(out: Path, ops: Path = OPS) -> Path:
+    """The kernels as a C++ library."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command = [compiler, *flags, f"-I{EMULATOR}", f"-I{ops}", "-x", "c++", str(ops / "cuda" / "api.cu"), "-o", str(out)]
+    subprocess.run(command, check=True)
+    return out
+
+
+class Emulated(CudaLibrary):
+    """CudaLibrary on the emulator, which must know every buffer that a kernel may load from."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._lib.kt_emulate_finish.restype = ctypes.c_char_p
+
+    def made_before(self, *tensors: torch.Tensor) -> None:
+        """Weights: may be read at any time."""
+        self._register(tensors, dependent=0)
+
+    def made_by_the_kernel_before(self, *tensors: torch.Tensor) -> None:
+        """Activations: NaN until grid_wait."""
+        self._register(tensors, dependent=1)
+
+    def _register(self, tensors: tuple[torch.Tensor, ...], dependent: int) -> None:
+        for t in tensors:
+            assert t.is_contiguous()
+            self._lib.kt_emulate_buffer(
+                ctypes.c_void_p(t.data_ptr()), ctypes.c_longlong(t.nbytes), ctypes.c_int(dependent)
+            )
+
+    def _scratch(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
+        scratch = super()._scratch(like, *shape)
+        self.made_by_the_kernel_before(scratch)
+        return scratch
+
+    def together(self, on: bool) -> None:
+        self._lib.kt_emulate_together(int(on))
+
+    def finish(self) -> str:
+        return str(self._lib.kt_emulate_finish().decode())
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    return Emulated(build(tmp_path_factory.mktemp("emulated") / "kernels.so"))
+
+
+@pytest.fixture
+def gpu(library: Emulated) -> Iterator[Emulated]:
+    yield library
+    assert library.finish() == ""
+
+
+def gemm(gpu: Emulated, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x)
+    y = gpu.gemm_low_latency(x, w, scale)
+    assert gpu.finish() == ""
+    return y
+
+
+def check_gemm(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor) -> None:
+    products = x.double()[:, None, :] * (w.double() * scale.double()[:, None])[None]
+    assert_within_one_step(y, products.sum(-1), 2e-6 * products.abs().sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 8, 16), (1, 1, 16), (2, 9, 48), (4, 17, 80), (5, 896, 640), (8, 40, 656), (9, 33, 48), (16, 24, 5120)],
+)
+def test_fp8_gemm(gpu: Emulated, m: int, n: int, k: int) -> None:
+    x, w, scale = codes(m, k, seed=m), codes(n, k, seed=n + 1), uniform(n, low=1e-4, high=2.0)
+    check_gemm(gemm(gpu, x, w, scale), x, w, scale)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 8), (4, 21, 264), (8, 8, 10240), (13, 8, 72)])
+def test_bf16_gemm(gpu: Emulated, m: int, n: int, k: int) -> None:
+    x, w = normal(m, k).bfloat16(), normal(n, k, seed=1).bfloat16()
+    check_gemm(gemm(gpu, x, w, None), x, w, torch.ones(n))
+
+
+def test_a_row_larger_than_the_registers_is_loaded_in_batches(gpu: Emulated) -> None:
+    x, w, scale = codes(3, 16384, seed=3), codes(8, 16384, seed=4), torch.ones(8)
+    check_gemm(gemm(gpu, x, w, scale), x, w, scale)
+
+
+@pytest.mark.parametrize("value", [448.0, -448.0, 2.0**-9, 0.0])
+def test_saturated_smallest_and_zero_operands(gpu: Emulated, value: float) -> None:
+    x, w = torch.full((4, 96), value).to(E4M3), torch.full((16, 96), value).to(E4M3)
+    check_gemm(gemm(gpu, x, w, torch.ones(16)), x, w, torch.ones(16))
+
+
+@pytest.mark.parametrize("m", [1, 4, 8])
+@pytest.mark.parametrize("rope", [True, False])
+def test_qkv(gpu: Emulated, m: int, rope: bool) -> None:
+    heads, kv_heads, dim, hidden, in_scale = 3, 1, 16, 96, 0.02
+    q_rows, k_rows, rows = heads * dim, kv_heads * dim, (heads + 2 * kv_heads) * dim
+    x, w, scale = codes(m, hidden), codes(rows, hidden, seed=1), uniform(rows, low=1e-3, high=1e-2)
+    position = torch.tensor([0, 1, 8190, 8191, 8192, 20000, 131071, 7])[:m]
+    inv_freq = 500000.0 ** -(torch.arange(0, dim, 2) / dim)
+    angle = torch.arange(131072).float()[:, None] * inv_freq
+    table = torch.stack((angle.cos(), angle.sin()), dim=-1).contiguous() if rope else None
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x, position)
+    y = gpu.qkv_attn_scaling(x, w, scale * in_scale, position, table, q_rows, k_rows, dim, 0.0 if rope else 8192.0, 0.1)
+    parts = [Linear(part, in_scale) for part in (w.float() * scale[:, None]).split((q_rows, k_rows, k_rows))]
+    expected = qkv_attn_scaling(
+        x.float() * in_scale,
+        *parts,
+        position,
+        head_dim=dim,
+        inv_freq=inv_freq if rope else None,
+        interleaved=True,
+        qk_norm_eps=None,
+        temperature=(8192.0, 0.1),
+    )
+    sums = (x.double().abs() @ (w.double().abs() * scale.double()[:, None]).T) * in_scale
+    assert_within_one_step(y, torch.cat([part.flatten(1) for part in expected], 1), 8e-6 * sums)
+
+
+@pytest.mark.parametrize(("m", "f", "k", "gain"), [(1, 8, 16, 1), (4, 13, 96, 1), (8, 24, 5120, 1), (3, 16, 64, 1e4)])
+def test_fc13_swiglu(gpu: Emulated, m: int, f: int, k: int, gain: float) -> None:
+    """A gain of 1e4 saturates gate, up and the output."""
+    in_scale, out_scale = 0.02, 0.01
+    x, w, scale = codes(m, k), codes(2 * f, k, seed=2, high=4.0), uniform(2 * f, low=1e-3, high=1e-2) * gain
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x)
+    h = gpu.fc13_swiglu(x, w, scale * in_scale, out_scale)
+    gate, up = (Linear(part, in_scale) for part in (w.float() * scale[:, None]).chunk(2))
+    expected = fc13_swiglu(x.float() * in_scale, gate, up) / out_scale
+    assert_within_one_step(h, expected, 1e-5 * expected.abs())
+    assert gain == 1 or (h.float().abs() == 448).any()
+
+
+@pytest.mark.parametrize(("m", "e", "k"), [(1, 3, 8), (4, 128, 5120), (8, 5, 10248)])
+def test_router_logits(gpu: Emulated, m: int, e: int, k: int) -> None:
+    x, w = normal(m, k).bfloat16(), normal(e, k, seed=1).bfloat16()
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x)
+    logits = gpu.router(x, w)
+    products = x.double()[:, None, :] * w.double()[None]
+    assert_within_one_step(logits, products.sum(-1), 1e-6 * products.abs().sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("m", "experts", "hidden", "width", "routing"),
+    [
+        (1, 3, 16, 16, "any"),
+        (4, 128, 96, 48, "any"),
+        (8, 5, 80, 32, "any"),  # some experts are shared by tokens
+        (8, 9, 48, 48, "all different"),
+        (3, 4, 16, 2112, "any"),  # FC2 rows longer than the registers
+        (5, 7, 32, 16, "tie"),  # every logit equal: the lowest index wins
+        (4, 2, 5120, 64, "one"),
+    ],
+)
+def test_moe_top1(gpu: Emulated, m: int, experts: int, hidden: int, width: int, routing: str) -> None:
+    in_scale, routed_in, shared_h, routed_h = 0.02, 0.015, 0.004, 0.003
+    x = normal(m, hidden, seed=5).bfloat16()
+    x8 = (x.float() / in_scale).clamp(-448, 448).to(E4M3)
+    w13, w2 = (
+        codes(experts + 1, 2 * width, hidden, seed=6, high=2.0),
+        codes(experts + 1, hidden, width, seed=7, high=2.0),
+    )
+    s13, s2 = uniform(experts + 1, 2 * width, low=1e-3, high=1e-2), uniform(experts + 1, low=1e-3, high=1e-2, seed=1)
+    router_EK = normal(experts, hidden, seed=8)
+    if routing == "tie":
+        router_EK = torch.zeros(experts, hidden)
+    if routing == "one":
+        router_EK[1] = -router_EK[0]
+        x, x8 = x[:1].expand(m, -1).contiguous(), x8[:1].expand(m, -1).contiguous()
+    logits = x.float() @ router_EK.T
+    if routing == "all different":  # token m likes expert m best
+        router_EK = torch.linalg.pinv(x.float()) @ torch.eye(m, experts) * 3
+        router_EK, logits = router_EK.T.contiguous(), x.float() @ router_EK
+    shared13, routed13, shared2, routed2 = w13[0], w13[1:].contiguous(), w2[0], w2[1:].contiguous()
+    gpu.made_before(shared13, shared2, routed13, routed2)
+    gpu.made_by_the_kernel_before(x8, x, logits)
+    y = gpu.moe_top1(
+        *(x8, x, logits, shared13, s13[0] * in_scale, shared2, s2[:1] * shared_h),
+        *(routed13, s13[1:] * routed_in, routed2, s2[1:] * routed_h, routed_in, shared_h, routed_h),
+    )
+
+    def expert(i: int, scale: float, h_scale: float) -> tuple[Linear, Linear, Linear]:
+        gate, up = (Linear(part, scale) for part in (w13[i].float() * s13[i][:, None]).chunk(2))
+        return gate, up, Linear(w2[i].float() * s2[i], h_scale)
+
+    routed = [expert(i + 1, routed_in, routed_h) for i in range(experts)]
+    expected = moe_top1(x.float(), router_EK, routed, expert(0, in_scale, shared_h))
+    if routing == "all different":
+        assert len(set(logits.argmax(1).tolist())) == m
+    assert_within_one_step(y, expected, 1e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize(("ranks", "m", "hidden"), [(1, 3, 264), (2, 1, 256), (4, 8, 72), (8, 2, 512)])
+def test_allreduce_rmsnorm(gpu: Emulated, ranks: int, m: int, hidden: int) -> None:
+    """Three calls: both parities of the inbox, and the first again."""
+    eps, out_scale, weight = 1e-5, 0.01, uniform(hidden, low=0.5, high=2.0)
+    inboxes = [torch.zeros(inbox_bytes(ranks, hidden), dtype=torch.uint8) for _ in range(ranks)]
+    addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
+    epochs = [torch.zeros(8, dtype=torch.int32) for _ in range(ranks)]
+    for call in range(3):
+        parts = [normal(m, hidden, seed=10 * call + r).bfloat16() for r in range(ranks)]
+        residual = normal(m, hidden, seed=99).bfloat16() * 3
+        gpu.together(True)
+        gpu.made_by_the_kernel_before(residual, *parts)
+        outputs = [
+            gpu.allreduce_rmsnorm(parts[r], residual, weight, addresses, epochs[r], r, eps, out_scale)
+            for r in range(ranks)
+        ]
+        said = gpu.finish()
+        gpu.together(False)
+        assert said == ""
+        y, new = allreduce_rmsnorm([p.float() for p in parts], residual.float(), weight, eps)
+        for y8, y16, residual_out in outputs:
+            assert_within_one_step(residual_out, new, 1e-6)
+            assert_within_one_step(y16, y, 1e-6 * y.abs())
+            assert_within_one_step(y8, y / out_scale, 1e-5 * y.abs() / out_scale)
+        assert all(
+            torch.equal(mine.view(torch.uint8), first.view(torch.uint8))
+            for output in outputs
+            for mine, first in zip(output, outputs[0], strict=True)
+        )
+
+
+def test_a_rank_that_never_comes_is_a_deadlock_not_a_wrong_sum(gpu: Emulated) -> None:
+    inboxes = [torch.zeros(inbox_bytes(2, 64), dtype=torch.uint8) for _ in range(2)]
+    part, weight = normal(1, 64).bfloat16(), torch.ones(64)
+    gpu.together(True)
+    gpu.made_before(part)
+    addresses, epoch = torch.tensor([inbox.data_ptr() for inbox in inboxes]), torch.zeros(8, dtype=torch.int32)
+    gpu.allreduce_rmsnorm(part, part, weight, addresses, epoch, 0, 1e-5, 1.0)
+    said = gpu.finish()
+    gpu.together(False)
+    assert "deadlock" in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "instead"),
+    [
+        (r"  grid_wait\(\);\n  for", "  for"),  # reads activations that the kernel before has not made yet
+        (r"low\.y, high\.y, w\[0\]\[i\]\.x, w\[0\]\[i\]\.y", "low.y, high.y, w[0][i].y, w[0][i].x"),
+    ],
+)
+def test_the_emulator_sees_a_broken_kernel(tmp_path: Path, broken: str, instead: str) -> None:
+    ops = tmp_path / "ops"
+    shutil.copytree(OPS, ops, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    source = ops / "gemm_low_latency" / "kernel.cuh"
+    text, count = re.subn(broken, instead, source.read_text())
+    assert count == 1
+    source.write_text(text)
+    gpu = Emulated(build(tmp_path / "broken.so", ops))
+    x, w, scale = codes(4, 96, seed=1), codes(16, 96, seed=2), torch.ones(16)
+    with pytest.raises(AssertionError):
+        check_gemm(gemm(gpu, x, w, scale), x, w, scale)
