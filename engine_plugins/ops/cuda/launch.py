@@ -10,8 +10,8 @@ Legend: M tokens, K inputs, N outputs, F intermediate, E experts, R ranks, P rot
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,7 +25,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 class _Moe(ctypes.Structure):
     """`struct Moe` of moe_top1/kernel.cuh, in its order."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[list[Any]] = [
         *((name, _POINTER) for name in ("x8", "x", "logits", "shared13", "shared2", "routed13", "routed2")),
         *((name, _POINTER) for name in ("shared13_scale", "routed13_scale", "shared2_scale", "routed2_scale")),
         *((name, _POINTER) for name in ("shared_h", "routed_h", "y")),
@@ -37,7 +37,7 @@ class _Moe(ctypes.Structure):
 class _Norm(ctypes.Structure):
     """`struct Norm` of allreduce_rmsnorm/kernel.cuh."""
 
-    _fields_: Sequence[tuple[str, type]] = [
+    _fields_: ClassVar[list[Any]] = [
         *((name, _POINTER) for name in ("part", "residual", "weight", "y", "residual_out", "y8")),
         ("hidden", _INT),
         ("eps", _FLOAT),
@@ -48,7 +48,7 @@ class _Norm(ctypes.Structure):
 class _Exchange(ctypes.Structure):
     """`struct Exchange` of allreduce_rmsnorm/kernel.cuh."""
 
-    _fields_: Sequence[tuple[str, type]] = [("inbox", _POINTER), ("epoch", _POINTER), ("rank", _INT), ("ranks", _INT)]
+    _fields_: ClassVar[list[Any]] = [("inbox", _POINTER), ("epoch", _POINTER), ("rank", _INT), ("ranks", _INT)]
 
 
 def inbox_bytes(ranks: int, hidden: int) -> int:

@@ -1,14 +1,13 @@
-"""The CUDA sources, executed on the emulator: every index, predicate, fragment and barrier, against the references.
+"""Six GPU ops, CUDA and Triton, against their references on adversarial inputs: odd sizes, saturation, zeros, poison.
 
-Run it: `python -m pytest tests/engine_plugins/test_cuda.py` (needs g++, no GPU and no nvcc).
+CUDA runs on the emulator (every index, predicate, fragment and barrier of the real source), Triton in its interpreter.
+Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py` (needs g++, no GPU and no nvcc).
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,74 +15,30 @@ import pytest
 import torch
 
 from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm
-from engine_plugins.ops.cuda.launch import CudaLibrary, inbox_bytes
+from engine_plugins.ops.cuda.launch import inbox_bytes
 from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu
 from engine_plugins.ops.formats import Linear
 from engine_plugins.ops.moe_top1.reference import moe_top1
 from engine_plugins.ops.qkv_attn_scaling.reference import qkv_attn_scaling
+from tests.engine_plugins.devices import OPS, Emulated, Interpreted, build
 from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal, uniform
 
-OPS = Path(__file__).resolve().parents[2] / "engine_plugins" / "ops"
-EMULATOR = Path(__file__).resolve().parent / "emulator"
-
-
-def build(out: Path, ops: Path = OPS) -> Path:
-    """The kernels as a C++ library."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    command = [compiler, *flags, f"-I{EMULATOR}", f"-I{ops}", "-x", "c++", str(ops / "cuda" / "api.cu"), "-o", str(out)]
-    subprocess.run(command, check=True)
-    return out
-
-
-class Emulated(CudaLibrary):
-    """CudaLibrary on the emulator, which must know every buffer that a kernel may load from."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._lib.kt_emulate_finish.restype = ctypes.c_char_p
-
-    def made_before(self, *tensors: torch.Tensor) -> None:
-        """Weights: may be read at any time."""
-        self._register(tensors, dependent=0)
-
-    def made_by_the_kernel_before(self, *tensors: torch.Tensor) -> None:
-        """Activations: NaN until grid_wait."""
-        self._register(tensors, dependent=1)
-
-    def _register(self, tensors: tuple[torch.Tensor, ...], dependent: int) -> None:
-        for t in tensors:
-            assert t.is_contiguous()
-            self._lib.kt_emulate_buffer(
-                ctypes.c_void_p(t.data_ptr()), ctypes.c_longlong(t.nbytes), ctypes.c_int(dependent)
-            )
-
-    def _scratch(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
-        scratch = super()._scratch(like, *shape)
-        self.made_by_the_kernel_before(scratch)
-        return scratch
-
-    def together(self, on: bool) -> None:
-        self._lib.kt_emulate_together(int(on))
-
-    def finish(self) -> str:
-        return str(self._lib.kt_emulate_finish().decode())
+Gpu = Emulated | Interpreted
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     return Emulated(build(tmp_path_factory.mktemp("emulated") / "kernels.so"))
 
 
-@pytest.fixture
-def gpu(library: Emulated) -> Iterator[Emulated]:
-    yield library
-    assert library.finish() == ""
+@pytest.fixture(params=["cuda", "triton"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
+    device = request.getfixturevalue("emulated") if request.param == "cuda" else Interpreted()
+    yield device
+    assert device.finish() == ""
 
 
-def gemm(gpu: Emulated, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def gemm(gpu: Gpu, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     gpu.made_before(w)
     gpu.made_by_the_kernel_before(x)
     y = gpu.gemm_low_latency(x, w, scale)
@@ -100,31 +55,31 @@ def check_gemm(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, scale: torch.T
     ("m", "n", "k"),
     [(1, 8, 16), (1, 1, 16), (2, 9, 48), (4, 17, 80), (5, 896, 640), (8, 40, 656), (9, 33, 48), (16, 24, 5120)],
 )
-def test_fp8_gemm(gpu: Emulated, m: int, n: int, k: int) -> None:
+def test_fp8_gemm(gpu: Gpu, m: int, n: int, k: int) -> None:
     x, w, scale = codes(m, k, seed=m), codes(n, k, seed=n + 1), uniform(n, low=1e-4, high=2.0)
     check_gemm(gemm(gpu, x, w, scale), x, w, scale)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 16, 8), (4, 21, 264), (8, 8, 10240), (13, 8, 72)])
-def test_bf16_gemm(gpu: Emulated, m: int, n: int, k: int) -> None:
+def test_bf16_gemm(gpu: Gpu, m: int, n: int, k: int) -> None:
     x, w = normal(m, k).bfloat16(), normal(n, k, seed=1).bfloat16()
     check_gemm(gemm(gpu, x, w, None), x, w, torch.ones(n))
 
 
-def test_a_row_larger_than_the_registers_is_loaded_in_batches(gpu: Emulated) -> None:
+def test_a_row_larger_than_the_registers_is_loaded_in_batches(gpu: Gpu) -> None:
     x, w, scale = codes(3, 16384, seed=3), codes(8, 16384, seed=4), torch.ones(8)
     check_gemm(gemm(gpu, x, w, scale), x, w, scale)
 
 
 @pytest.mark.parametrize("value", [448.0, -448.0, 2.0**-9, 0.0])
-def test_saturated_smallest_and_zero_operands(gpu: Emulated, value: float) -> None:
+def test_saturated_smallest_and_zero_operands(gpu: Gpu, value: float) -> None:
     x, w = torch.full((4, 96), value).to(E4M3), torch.full((16, 96), value).to(E4M3)
     check_gemm(gemm(gpu, x, w, torch.ones(16)), x, w, torch.ones(16))
 
 
 @pytest.mark.parametrize("m", [1, 4, 8])
 @pytest.mark.parametrize("rope", [True, False])
-def test_qkv(gpu: Emulated, m: int, rope: bool) -> None:
+def test_qkv(gpu: Gpu, m: int, rope: bool) -> None:
     heads, kv_heads, dim, hidden, in_scale = 3, 1, 16, 96, 0.02
     q_rows, k_rows, rows = heads * dim, kv_heads * dim, (heads + 2 * kv_heads) * dim
     x, w, scale = codes(m, hidden), codes(rows, hidden, seed=1), uniform(rows, low=1e-3, high=1e-2)
@@ -151,7 +106,7 @@ def test_qkv(gpu: Emulated, m: int, rope: bool) -> None:
 
 
 @pytest.mark.parametrize(("m", "f", "k", "gain"), [(1, 8, 16, 1), (4, 13, 96, 1), (8, 24, 5120, 1), (3, 16, 64, 1e4)])
-def test_fc13_swiglu(gpu: Emulated, m: int, f: int, k: int, gain: float) -> None:
+def test_fc13_swiglu(gpu: Gpu, m: int, f: int, k: int, gain: float) -> None:
     """A gain of 1e4 saturates gate, up and the output."""
     in_scale, out_scale = 0.02, 0.01
     x, w, scale = codes(m, k), codes(2 * f, k, seed=2, high=4.0), uniform(2 * f, low=1e-3, high=1e-2) * gain
@@ -165,7 +120,7 @@ def test_fc13_swiglu(gpu: Emulated, m: int, f: int, k: int, gain: float) -> None
 
 
 @pytest.mark.parametrize(("m", "e", "k"), [(1, 3, 8), (4, 128, 5120), (8, 5, 10248)])
-def test_router_logits(gpu: Emulated, m: int, e: int, k: int) -> None:
+def test_router_logits(gpu: Gpu, m: int, e: int, k: int) -> None:
     x, w = normal(m, k).bfloat16(), normal(e, k, seed=1).bfloat16()
     gpu.made_before(w)
     gpu.made_by_the_kernel_before(x)
@@ -186,7 +141,7 @@ def test_router_logits(gpu: Emulated, m: int, e: int, k: int) -> None:
         (4, 2, 5120, 64, "one"),
     ],
 )
-def test_moe_top1(gpu: Emulated, m: int, experts: int, hidden: int, width: int, routing: str) -> None:
+def test_moe_top1(gpu: Gpu, m: int, experts: int, hidden: int, width: int, routing: str) -> None:
     in_scale, routed_in, shared_h, routed_h = 0.02, 0.015, 0.004, 0.003
     x = normal(m, hidden, seed=5).bfloat16()
     x8 = (x.float() / in_scale).clamp(-448, 448).to(E4M3)
@@ -225,45 +180,38 @@ def test_moe_top1(gpu: Emulated, m: int, experts: int, hidden: int, width: int, 
 
 
 @pytest.mark.parametrize(("ranks", "m", "hidden"), [(1, 3, 264), (2, 1, 256), (4, 8, 72), (8, 2, 512)])
-def test_allreduce_rmsnorm(gpu: Emulated, ranks: int, m: int, hidden: int) -> None:
-    """Three calls: both parities of the inbox, and the first again."""
-    eps, out_scale, weight = 1e-5, 0.01, uniform(hidden, low=0.5, high=2.0)
+def test_allreduce_rmsnorm(gpu: Gpu, ranks: int, m: int, hidden: int) -> None:
+    """Every rank is a set of buffers. Three calls: both parities of the inbox, and the first again."""
+    eps, scale, weight = 1e-5, 0.01, uniform(hidden, low=0.5, high=2.0)
     inboxes = [torch.zeros(inbox_bytes(ranks, hidden), dtype=torch.uint8) for _ in range(ranks)]
     addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
     epochs = [torch.zeros(8, dtype=torch.int32) for _ in range(ranks)]
     for call in range(3):
         parts = [normal(m, hidden, seed=10 * call + r).bfloat16() for r in range(ranks)]
         residual = normal(m, hidden, seed=99).bfloat16() * 3
-        gpu.together(True)
         gpu.made_by_the_kernel_before(residual, *parts)
-        outputs = [
-            gpu.allreduce_rmsnorm(parts[r], residual, weight, addresses, epochs[r], r, eps, out_scale)
-            for r in range(ranks)
-        ]
-        said = gpu.finish()
-        gpu.together(False)
-        assert said == ""
+        outputs = gpu.allreduce_of_all_ranks(parts, residual, weight, addresses, epochs=epochs, eps=eps, scale=scale)
         y, new = allreduce_rmsnorm([p.float() for p in parts], residual.float(), weight, eps)
         for y8, y16, residual_out in outputs:
             assert_within_one_step(residual_out, new, 1e-6)
             assert_within_one_step(y16, y, 1e-6 * y.abs())
-            assert_within_one_step(y8, y / out_scale, 1e-5 * y.abs() / out_scale)
-        assert all(
-            torch.equal(mine.view(torch.uint8), first.view(torch.uint8))
-            for output in outputs
-            for mine, first in zip(output, outputs[0], strict=True)
-        )
+            assert_within_one_step(y8, y / scale, 1e-5 * y.abs() / scale)
+        for output in outputs[1:]:  # the same bits on every rank
+            assert all(
+                torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(output, outputs[0], strict=True)
+            )
+    assert [epoch[:m].tolist() for epoch in epochs] == [[3] * m] * ranks
 
 
-def test_a_rank_that_never_comes_is_a_deadlock_not_a_wrong_sum(gpu: Emulated) -> None:
+def test_a_rank_that_never_comes_is_a_deadlock_not_a_wrong_sum(emulated: Emulated) -> None:
     inboxes = [torch.zeros(inbox_bytes(2, 64), dtype=torch.uint8) for _ in range(2)]
     part, weight = normal(1, 64).bfloat16(), torch.ones(64)
-    gpu.together(True)
-    gpu.made_before(part)
+    emulated.together(True)
+    emulated.made_before(part)
     addresses, epoch = torch.tensor([inbox.data_ptr() for inbox in inboxes]), torch.zeros(8, dtype=torch.int32)
-    gpu.allreduce_rmsnorm(part, part, weight, addresses, epoch, 0, 1e-5, 1.0)
-    said = gpu.finish()
-    gpu.together(False)
+    emulated.allreduce_rmsnorm(part, part, weight, addresses, epoch, 0, 1e-5, 1.0)
+    said = emulated.finish()
+    emulated.together(False)
     assert "deadlock" in said
 
 
