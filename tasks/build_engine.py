@@ -1,8 +1,8 @@
 """From an FP8 checkpoint and a draft to a bundle: the directory an engine is started from, and nothing else.
 
-`native`: weights in kernel layout and the fused ops compiled for this machine. `trtllm`: the PyTorch backend
-has no engine
-file, so the bundle is checkpoint, draft, the rendered LLM arguments, environment and argv for the pinned version.
+`native`: weights in kernel layout and the fused ops compiled for this machine. `trtllm`: the PyTorch backend has no
+engine file, so the bundle is checkpoint, draft, arguments, environment and argv rendered for the pinned version, the
+plugin package as a wheel and unpacked, the image, and what a start will have to prove.
 Refuses to start anything. Run it: `kilotok run SPEC` (stage `build_engine`).
 """
 
@@ -47,22 +47,35 @@ def _native(job: Job, progress: Progress) -> dict[str, float]:
 
 
 def _trtllm(job: Job, progress: Progress) -> dict[str, float]:
+    from engine_plugins.trtllm import package
+    from engine_plugins.trtllm.liveness import expect
     from engine_plugins.trtllm.render import render
 
+    engine: dict[str, Any] = job.spec["engine"]
     rendered = render(job.spec)
+    config = json.loads((job.inputs["quantize"] / "config.json").read_text(encoding="utf-8"))
     _link_tree(job.inputs["quantize"], job.out / "checkpoint")
-    _link_tree(job.inputs["train_draft"], job.out / "draft")
-    # JSON is YAML: the server reads this file, people read launch.json beside it.
-    (job.out / "args.yaml").write_text(json.dumps(rendered.args_yaml, indent=2, sort_keys=True) + "\n")
-    launch = {
+    if engine["draft_tokens"]:
+        _link_tree(job.inputs["train_draft"], job.out / "draft")
+    progress(1, 2, "packing the plugin package")
+    wheel = package.build_wheel(job.out / "plugins")
+    package.unpack(wheel, job.out / "site")
+    record = {
+        "backend": "trtllm",
+        "version": engine["version"],
+        "image": (job.spec.get("deploy") or {}).get("image"),
+        **{name: engine[name] for name in ("draft_tokens", "max_batch_size", "max_seq_len", "plugins")},
         "argv": rendered.argv,
         "env": rendered.env,
         "args": rendered.args_yaml,
-        "version": job.spec["engine"]["version"],
+        "wheel": wheel.name,
+        "expected": expect(job.spec, config).to_dict(),
     }
-    (job.out / "launch.json").write_text(json.dumps(launch, indent=2, sort_keys=True) + "\n")
-    progress(1, 1, "rendered")
-    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(job.spec["engine"]["plugins"]))}
+    # JSON is YAML; its placeholders are filled in when it is started.
+    (job.out / "args.yaml").write_text(json.dumps(rendered.args_yaml, indent=2) + "\n")
+    (job.out / "bundle.json").write_text(json.dumps(record, indent=2) + "\n")
+    progress(2, 2, "rendered")
+    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(engine["plugins"]))}
 
 
 def _link_tree(source: Path, target: Path) -> None:

@@ -5,8 +5,8 @@ The plan is what later calls start again (`tasks.deployment.ensure_running`), so
 secret and nothing that another run would decide differently.
 
 It refuses a port that is taken, a bundle that is missing or unsigned where signatures are asked for, too little
-memory for the strategy, a server that does not become healthy, gibberish, and a draft that is never right. The live
-version serves on.
+memory for the strategy, a server that does not become healthy, gibberish, a draft that is never right, and an option
+of trtllm-serve that did nothing. The live version serves on.
 
 Run it: `kilotok run SPEC`.
 """
@@ -25,7 +25,8 @@ from tasks.deployment.slots import PROJECT, base_url
 from tasks.deployment.steps import OnStep, opened
 from tasks.job import Job, Progress
 
-NATIVE_SERVER = ("python", "-m", "engine_plugins.native.server")
+SERVERS = {"native": "engine_plugins.native.server", "trtllm": "engine_plugins.trtllm.front"}
+RELEASE_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release"
 
 
 def build(
@@ -38,12 +39,15 @@ def build(
     """Start the candidate; write deployment.json. `server`, `mounts` and `on_step` are for tests."""
     plan = make_plan(job, server, mounts)
     if plan["to"] == "kubernetes":
-        raise InputError("deploy.to: kubernetes renders manifests only", "deploy.to", "apply what `kilotok plan` shows")
+        fix = "apply what `python -m tasks.deployment.kubernetes SPEC` prints"
+        raise InputError("deploy.to: kubernetes renders manifests only", "deploy.to", fix)
     progress.note("starting the candidate")
     with opened(Path(plan["store"]), plan["name"], plan, on_step or progress.note) as deployment:
         name = deployment.start(plan)
         slot = deployment.record.slots[name]
-    started = {"slot": name, "base_url": base_url(slot), "log": slot["log"], "smoke": slot["smoke"]}
+    started = {"slot": name, "base_url": base_url(slot), **{key: slot.get(key) for key in ("log", "smoke", "proof")}}
+    if slot["process"] and "image" in slot["process"]:
+        started["image"] = slot["process"]["image"]
     (job.out / "deployment.json").write_text(json.dumps({"plan": plan, "started": started}, indent=1) + "\n")
     return {"deploy.smoke_acceptance": float(slot["smoke"]["acceptance_length"])}
 
@@ -57,7 +61,7 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
         raise InputError("there is no bundle here", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
     if deploy.get("require_signature"):
         check_signature(bundle, job.root)
-    name = str(job.spec["name"])
+    name, backend = str(job.spec["name"]), str(engine.get("backend", "native"))
     plan = {
         "kilotok_deployment": 1,
         "name": name,
@@ -65,7 +69,7 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
         "store": str(store_root(job.out)),
         "to": deploy.get("to", "process"),
         "strategy": deploy.get("strategy", "blue_green"),
-        "backend": engine.get("backend", "native"),
+        "backend": backend,
         "host": deploy.get("host", "127.0.0.1"),
         "port": int(deploy.get("port", 8000)),
         "start_timeout_s": float(deploy.get("start_timeout_s", 120)),
@@ -73,20 +77,27 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
         "bundle": str(bundle),
         "bundle_digest": hashlib.sha256(record.read_bytes()).hexdigest(),
         "memory_bytes": sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
-        "argv": server_argv(name, bundle, deploy, server),
+        "argv": server_argv(name, bundle, backend, deploy, server),
         "env": {},
         "cwd": str(PROJECT),
     }
+    if backend == "trtllm":
+        # What was built is what runs: the front comes out of the bundle, in a container and outside of one.
+        cwd = str(PROJECT if server else bundle / "site")
+        plan |= {"gpus": True, "cwd": cwd, "expected": json.loads(record.read_text()).get("expected")}
     if plan["to"] == "docker":
-        if not deploy.get("image"):
+        image = deploy.get("image") or (f"{RELEASE_IMAGE}:{engine['version']}" if backend == "trtllm" else None)
+        if not image:
             raise InputError("deploy.to: docker needs an image", "deploy.image", "name one by digest")
-        plan |= {"image": deploy["image"], "mounts": list(mounts), "cwd": str(PROJECT) if mounts else "/"}
+        cwd = plan["cwd"] if mounts or backend == "trtllm" else "/"
+        plan |= {"image": image, "mounts": list(mounts), "cwd": cwd}
     return {**plan, "digest": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()}
 
 
-def server_argv(name: str, bundle: Path, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
+def server_argv(name: str, bundle: Path, backend: str, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
     """The server's command line; in a container `python` is the image's, here it is ours."""
-    own = NATIVE_SERVER if deploy.get("to") == "docker" else (sys.executable, *NATIVE_SERVER[1:])
+    python = "python3" if deploy.get("to") == "docker" else sys.executable
+    own = (python, "-m", SERVERS[backend])
     argv = [*(server or own), "--bundle", str(bundle), "--served-model-name", name]
     return [*argv, "--host", str(deploy.get("host", "127.0.0.1")), "--port", "{port}", "--control", "{control}"]
 

@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "build_engine",
         inputs=("quantize", "train_draft"),
-        reads=("engine", "draft.method", "draft.capture_layers"),
+        reads=("engine", "draft.method", "draft.capture_layers", "deploy.image"),
         packages=("numpy",),
         machine=("cpu_isa", "compiler", "gpu", "container"),
         entry="tasks.build_engine:build",

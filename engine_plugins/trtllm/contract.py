@@ -22,18 +22,19 @@ from specs.errors import SpecError
 
 FOLDER = Path(__file__).parent / "versions"
 _PLAIN = {"int": int, "bool": bool, "str": str, "float": (int, float)}
-_LAYERS = ("spellings", "fields", "models", "renamed", "env")
+_LAYERS = ("spellings", "fields", "models", "flags", "renamed", "env")
 
 
 @dataclass(frozen=True)
 class Contract:
-    """One version's fields (name -> rule), nested models, renames, spellings and environment."""
+    """One version's fields (name -> rule), nested models, command line, renames, spellings and environment."""
 
     line: str  # "1.2"
     versions: tuple[str, ...]
     spellings: dict[str, Any]
     fields: dict[str, dict[str, Any]]
     models: dict[str, dict[str, dict[str, Any]]]
+    flags: dict[str, str]
     renamed: dict[str, str]
     env: dict[str, dict[str, Any]]
 
@@ -78,6 +79,11 @@ def complaints(contract: Contract, options: dict[str, Any], version: str) -> Ite
     yield from _walk(contract, contract.fields, options, (), version)
 
 
+def yaml_complaints(contract: Contract, arguments: dict[str, Any], version: str) -> Iterator[Complaint]:
+    """Everything about a rendered arguments YAML that this version would refuse."""
+    yield from _walk(contract, contract.fields, arguments, (), version, rendered=True)
+
+
 def env_complaints(contract: Contract, env: dict[str, str], version: str) -> Iterator[Complaint]:
     """Unknown or mis-set variables of TensorRT-LLM; those of other software (NCCL_*, CUDA_*) are left alone."""
     for name, value in env.items():
@@ -88,6 +94,28 @@ def env_complaints(contract: Contract, env: dict[str, str], version: str) -> Ite
             )
         elif rule and "values" in rule and value not in rule["values"]:
             yield Complaint((name,), f"{name} is {value!r}", f"use {' or '.join(rule['values'])}", value)
+
+
+def argv_complaints(contract: Contract, argv: list[str], version: str) -> Iterator[Complaint]:
+    """What `trtllm-serve` of this version would refuse on its command line; `argv` starts with the program and the
+    model."""
+    words = iter(argv[2:])
+    for word in words:
+        kind = contract.flags.get(word)
+        if kind is None:
+            yield Complaint((word,), f"trtllm-serve {version} has no {word}", _close(word, contract.flags))
+        elif kind != "flag":
+            value = next(words, None)
+            if value is None or not _reads_as(kind, value):
+                yield Complaint((word,), f"{word} needs {_spoken(kind)}", f"found {value!r}", value)
+
+
+def _reads_as(kind: str, text: str) -> bool:
+    try:
+        {"int": int, "float": float, "str": str}[kind](text)
+    except ValueError:
+        return False
+    return True
 
 
 def fits(contract: Contract, kind: str, value: Any) -> bool:
@@ -117,7 +145,12 @@ def _key_fits(kind: str, key: Any) -> bool:
 
 
 def _walk(
-    contract: Contract, rules: dict[str, dict[str, Any]], options: dict[str, Any], path: tuple[str, ...], version: str
+    contract: Contract,
+    rules: dict[str, dict[str, Any]],
+    options: dict[str, Any],
+    path: tuple[str, ...],
+    version: str,
+    rendered: bool = False,
 ) -> Iterator[Complaint]:
     for name, value in options.items():
         here, rule = (*path, name), rules.get(name)
@@ -125,7 +158,7 @@ def _walk(
             yield Complaint(
                 here, f"TensorRT-LLM {version} does not know {'.'.join(here)}", _advice(contract, here, rules), value
             )
-        elif "set_by" in rule:
+        elif "set_by" in rule and not rendered:
             yield Complaint(here, f"{'.'.join(here)} is set by {rule['set_by']}", "drop it from engine.options", value)
         elif not fits(contract, rule["type"], value):
             yield Complaint(here, f"{'.'.join(here)} must be {_spoken(rule['type'])}", f"found {value!r}", value)
@@ -133,7 +166,7 @@ def _walk(
             yield from _limits(here, rule, value, version)
             model = next((arm for arm in rule["type"].split("|") if arm in contract.models), None)
             if model:
-                yield from _walk(contract, contract.models[model], value, here, version)
+                yield from _walk(contract, contract.models[model], value, here, version, rendered)
 
 
 def _limits(path: tuple[str, ...], rule: dict[str, Any], value: Any, version: str) -> Iterator[Complaint]:

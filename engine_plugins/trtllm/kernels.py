@@ -27,6 +27,27 @@ class Kernel:
     runs: bool
     why: str
 
+    @property
+    def in_trace(self) -> str:
+        """Part of its name in a profiler trace; "" for those shipped as cubins, whose names are not stable."""
+        return _IN_TRACE.get(self.name, ("", ""))[0]
+
+    @property
+    def plugin(self) -> str:
+        """Our op that takes its place when the spec names it."""
+        return _IN_TRACE.get(self.name, ("", ""))[1]
+
+
+# Read in upstream's llama4MinLatencyKernels and communication kernels.
+_IN_TRACE = {
+    "router GEMV (BF16)": ("llama4_bf16_bf16_gemm", "router"),
+    "FC_QKV GEMV": ("llama4_fp8_bf16_gemm", "qkv_attn_scaling"),
+    "FC_QKV + attention scaling (NoPE layers)": ("llama4_fp8_bf16_gemm", "qkv_attn_scaling"),
+    "FC13 + SwiGLU GEMV": ("llama4_fp8_fp8_gemm_swiglu", "fc13_swiglu"),
+    "MoE top-1, FC13 + SwiGLU + FC2": ("llama4_moe_fc13_swiglu_fp8", "moe_top1"),
+    "AllReduce + residual + RMSNorm (+ FP8)": ("allreduce_fusion_kernel", "allreduce_rmsnorm"),
+}
+
 
 @dataclass(frozen=True)
 class _Step:

@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engine_plugins.trtllm.adapter import SEATS
 from engine_plugins.trtllm.contract import Complaint, Contract, complaints, contract_for, env_complaints
+from engine_plugins.trtllm.placeholders import filled
 from specs.errors import SpecError
 from specs.schema import Spec
 
-BUNDLE, HOST, PORT = "{bundle}", "{host}", "{port}"
-CHECKPOINT, DRAFT, ARGS = f"{BUNDLE}/checkpoint", f"{BUNDLE}/draft", f"{BUNDLE}/args.yaml"
+CHECKPOINT, DRAFT, ARGS, HOST, PORT = "{checkpoint}", "{draft}", "{args}", "{host}", "{port}"
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """How to start the server; {bundle}, {host} and {port} stand for what deploy knows."""
+    """How to start the server; {checkpoint}, {draft}, {args}, {host} and {port} stand for what deploy knows."""
 
     args_yaml: dict[str, Any]
     argv: list[str]
@@ -32,19 +33,9 @@ class Rendered:
         """Plain dict for plans and bundles."""
         return asdict(self)
 
-    def resolve(self, bundle: str, host: str, port: int) -> Rendered:
-        """The same with the placeholders filled in."""
-
-        def fill(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: fill(below) for key, below in value.items()}
-            if isinstance(value, list):
-                return [fill(below) for below in value]
-            if not isinstance(value, str):
-                return value
-            return value.replace(BUNDLE, bundle).replace(HOST, host).replace(PORT, str(port))
-
-        return Rendered(fill(self.args_yaml), fill(self.argv), fill(self.env))
+    def resolve(self, **values: str) -> Rendered:
+        """The same with the placeholders named in `values` filled in."""
+        return Rendered(*(filled(part, values) for part in (self.args_yaml, self.argv, self.env)))
 
 
 def render(spec: Spec | dict[str, Any], version: str | None = None) -> Rendered:
@@ -59,6 +50,11 @@ def render(spec: Spec | dict[str, Any], version: str | None = None) -> Rendered:
     contract = contract_for(wanted)
     for section, complaint in _all_complaints(contract, engine, wanted):
         raise _refusal(spec, section, complaint)
+    seated = {op for op, _ in SEATS.values()}
+    for op in engine["plugins"]:
+        if op not in seated:
+            what = f"{op} has no place in TensorRT-LLM, which has its own"
+            raise _refusal(spec, "plugins", Complaint((), what, f"use any of {', '.join(sorted(seated))}", op))
     flags: list[str] = []
     options = _split(contract, contract.fields, engine["options"], flags)
     arguments = {**options, **_speculation(contract, plain)}

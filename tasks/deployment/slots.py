@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 from specs.errors import InputError, StageFailed
 from tasks.deployment.record import Record
-from tasks.edges import containers, listener, service
+from tasks.edges import containers, listener, machine, service
 from tasks.edges.process import last_lines
 
 POLL_S = 0.02
 KEEPER_START_S = 10.0
 DRAIN_TIMEOUT_S = 600.0  # a running answer may take this long before its server is ended
 SMOKE_TIMEOUT_S = 60.0
+PROVE_TIMEOUT_S = 60.0  # for a profiler's trace to be written
 MIN_CYCLES = 8  # fewer say nothing about acceptance
 SMOKE_PROMPTS = ("Write a Python function that adds two numbers.", "What is 12 + 30? Show the steps.")
 PROJECT = Path(__file__).resolve().parents[2]
@@ -134,7 +136,7 @@ def smoke(slot: dict[str, Any], url: str) -> dict[str, Any]:
         try:
             answer = service.post_json(f"{url}/v1/chat/completions", body, headers, SMOKE_TIMEOUT_S)
             texts.append(str(answer["choices"][0]["message"]["content"] or ""))
-            speculation = answer.get("usage", {}).get("speculation") or {}
+            speculation = speculation_of(answer)
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise failure(
                 f"the smoke request failed: {error}", slot, "the candidate is refused; the old version serves on"
@@ -156,10 +158,50 @@ def smoke(slot: dict[str, Any], url: str) -> dict[str, Any]:
     return {"acceptance_length": round(length, 3), "cycles": cycles, "answer": texts[0][:200]}
 
 
+def speculation_of(answer: dict[str, Any]) -> dict[str, Any]:
+    """Cycles and accepted drafts of one answer: as our server counts them, or from TensorRT-LLM's tokens per step."""
+    usage = answer.get("usage") or {}
+    per_step = answer["choices"][0].get("avg_decoded_tokens_per_iter")
+    if usage.get("speculation") or not per_step:
+        return usage.get("speculation") or {}
+    tokens = int(usage.get("completion_tokens") or 0)
+    cycles = round(tokens / per_step)
+    return {"cycles": cycles, "accepted_by_position": [tokens - cycles], "draft_tokens": 1}
+
+
+def prove(slot: dict[str, Any]) -> dict[str, Any]:
+    """Wait until everything the bundle asked for was seen to run; raises StageFailed with what was not."""
+    from engine_plugins.trtllm.liveness import Expected, look, unproven
+
+    expected = Expected.from_dict(slot["plan"]["expected"])
+    evidence = folder(slot) / "evidence"
+    version = service.get_json(f"{base_url(slot)}/version").get("version", "")
+    deadline = time.monotonic() + PROVE_TIMEOUT_S
+    while missing := unproven(expected, seen := look(evidence, version, slot["smoke"]["acceptance_length"])):
+        if time.monotonic() > deadline or not is_up(slot) or seen.complete:
+            raise failure(
+                "what was asked for does not run: " + "; ".join(missing), slot, "the old version serves on; see above"
+            )
+        time.sleep(POLL_S * 10)
+    return {"version": version, "ranks": len(seen.ranks), "kernels": sorted(expected.kernels)}
+
+
+def folder(slot: dict[str, Any]) -> Path:
+    """Where a server keeps the files of this start."""
+    return Path(slot["control"]).with_suffix("")
+
+
 def is_gibberish(text: str) -> bool:
     """Empty, or one short piece over and over."""
     text = text.strip()
     return not text or re.fullmatch(r"(.{1,12}?)\1{7,}.{0,11}", text, re.DOTALL) is not None
+
+
+def free_memory(plan: dict[str, Any]) -> tuple[int, str]:
+    """Bytes that a new server may take, and of which memory: the GPUs' where the plan uses them."""
+    if plan.get("gpus") and (free := machine.gpu_free_bytes()) is not None:
+        return free, "GPU memory"
+    return service.available_bytes(), "memory"
 
 
 # The public port
@@ -310,6 +352,7 @@ def end(slot: dict[str, Any], grace_s: float = DRAIN_TIMEOUT_S) -> bool:
     slot["process"] = None
     slot["state"] = "stopped" if slot.get("plan") else "empty"
     with contextlib.suppress(OSError, KeyError):
+        shutil.rmtree(folder(slot), ignore_errors=True)
         Path(slot["control"]).unlink()
     return ended
 

@@ -119,6 +119,9 @@ class Deployment:
         slots.wait_healthy(slot, plan["start_timeout_s"])
         self._step("smoke")
         slot["smoke"] = slots.smoke(slot, slots.base_url(slot))
+        if plan.get("expected"):
+            self._step("prove")
+            slot["proof"] = slots.prove(slot)
 
     def _check(self, plan: dict[str, Any]) -> None:
         """Everything that can be refused before anything starts."""
@@ -128,11 +131,12 @@ class Deployment:
         bundle = Path(plan["bundle"])
         if not bundle.is_dir():
             raise InputError("the bundle is gone", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
-        need, have = plan["memory_bytes"], service.available_bytes()
         swap = plan["strategy"] == "drain_swap" and self.live is not None and slots.is_up(self.live)
-        if not swap and need > have:
+        need, (have, where) = plan["memory_bytes"], slots.free_memory(plan)
+        if need > have and not swap:
+            beside = "beside what runs" if self.live else "and others use the rest"
             raise InputError(
-                f"the bundle needs {need / 2**30:.1f} GiB beside what runs, {have / 2**30:.1f} GiB are available",
+                f"the bundle needs {need / 2**30:.1f} GiB {beside}, {have / 2**30:.1f} GiB of {where} are available",
                 "deploy.strategy",
                 "set deploy.strategy: drain_swap, or free memory",
             )

@@ -115,7 +115,8 @@ def find(name: str) -> dict[str, Any] | None:
 
 def known(container: Any) -> dict[str, Any]:
     container.reload()
-    return {"container": container.id, "pid": int(container.attrs["State"].get("Pid") or 0)}
+    pid = int(container.attrs["State"].get("Pid") or 0)
+    return {"container": container.id, "pid": pid, "image": container.attrs["Image"]}
 
 
 def is_running(identity: Mapping[str, Any]) -> bool:

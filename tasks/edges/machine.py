@@ -1,4 +1,5 @@
-"""Facts about this machine that can shape an artifact or a measurement, read from files: no subprocess, no driver call.
+"""Facts about this machine that can shape an artifact or a measurement, read from files: no driver call. (Free GPU
+memory, which shapes neither, is asked of nvidia-smi.)
 
 Refuses to guess: what cannot be read is "none", which is a value like any other in a key.
 See them with `python -m tasks.edges.machine`.
@@ -10,6 +11,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,16 @@ def gpu_driver() -> str:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split("  ")[1].strip()
     except (OSError, IndexError):
         return "none"
+
+
+def gpu_free_bytes() -> int | None:
+    """Memory that no process uses, over all GPUs; None where nvidia-smi does not answer."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return sum(int(line) for line in answer.stdout.split()) << 20
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def compiler() -> str:

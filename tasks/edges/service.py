@@ -110,6 +110,16 @@ def http_status(url: str, timeout_s: float = 2.0) -> int:
         return 0
 
 
+def get_json(url: str, timeout_s: float = 5.0) -> dict[str, Any]:
+    """The JSON object at a URL; {} when there is none."""
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as answer:
+            found = json.load(answer)
+    except (OSError, ValueError):
+        return {}
+    return dict(found) if isinstance(found, dict) else {}
+
+
 def post_json(url: str, body: Mapping[str, Any], headers: Mapping[str, str], timeout_s: float) -> dict[str, Any]:
     """The JSON answer to a POST. Raises OSError (its message holds the server's) or ValueError."""
     data = json.dumps(body).encode()

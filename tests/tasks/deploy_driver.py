@@ -22,19 +22,25 @@ from tasks.job import Job, Progress
 
 NAME = "toy"
 TOY_SERVER = (sys.executable, "-m", "tests.engine_plugins.toy_engine")
+STUB = f"{sys.executable} -m tests.engine_plugins.trtllm.stub_serve"
+SERVERS = {
+    "native": TOY_SERVER,
+    "trtllm": (sys.executable, "-m", "engine_plugins.trtllm.front", "--engine", STUB),
+}
 
 
-def deploy_job(store: Path, bundle: Path, port: int, **settings: Any) -> Job:
+def deploy_job(store: Path, bundle: Path, port: int, backend: str = "native", **settings: Any) -> Job:
     """The job that the runner would give to the deploy stage."""
     out = store / "work" / f"deploy-{bundle.name}"
     out.mkdir(parents=True, exist_ok=True)
-    deploy_section = {"to": "process", "strategy": "blue_green", "port": port, "start_timeout_s": 10, **settings}
-    return Job("deploy", {"name": NAME, "deploy": deploy_section}, store, {"build_engine": bundle}, out)
+    deploy_section = {"to": "process", "strategy": "blue_green", "port": port, "start_timeout_s": 30, **settings}
+    spec = {"name": NAME, "deploy": deploy_section, "engine": {"backend": backend, "version": "1.2.1"}}
+    return Job("deploy", spec, store, {"build_engine": bundle}, out)
 
 
 def run_deploy(job: Job, on_step: Callable[[str], None] | None = None) -> Path:
     """Run the stage; returns its artifact directory."""
-    deploy.build(job, Progress(), server=TOY_SERVER, on_step=on_step)
+    deploy.build(job, Progress(), server=SERVERS[job.spec["engine"]["backend"]], on_step=on_step)
     return job.out
 
 
@@ -57,6 +63,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("port", type=int)
     parser.add_argument("--strategy", default="blue_green")
+    parser.add_argument("--backend", default="native")
     parser.add_argument("--die-at", default="")
     args = parser.parse_args()
 
@@ -65,7 +72,7 @@ def main() -> int:
         if step == args.die_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    job = deploy_job(args.store, args.bundle, args.port, strategy=args.strategy)
+    job = deploy_job(args.store, args.bundle, args.port, args.backend, strategy=args.strategy)
     try:
         if args.action in ("deploy", "both"):
             run_deploy(job, on_step)

@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Bench:
     """A store, a public port, and toy bundles whose answers tell them apart."""
 
+    backend = "native"
+
     def __init__(self, folder: Path) -> None:
         self.root = folder / "store"
         self.root.mkdir()
@@ -49,7 +51,7 @@ class Bench:
         return folder
 
     def job(self, text: str, toy: dict[str, Any] | None = None, **settings: Any) -> Any:
-        return deploy_job(self.root, self.bundle(text, **(toy or {})), self.port, **settings)
+        return deploy_job(self.root, self.bundle(text, **(toy or {})), self.port, self.backend, **settings)
 
     def up(self, text: str, **settings: Any) -> Any:
         """Deploy and promote."""
@@ -408,7 +410,7 @@ def drive(bench: Bench, action: str, text: str, strategy: str, die_at: str = "")
         str(bench.port),
     ]
     return subprocess.run(
-        [*argv, "--strategy", strategy, "--die-at", die_at],
+        [*argv, "--strategy", strategy, "--backend", bench.backend, "--die-at", die_at],
         cwd=ROOT,
         capture_output=True,
         text=True,

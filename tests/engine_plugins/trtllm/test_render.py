@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from engine_plugins.trtllm.contract import contract_for, lines, load_contract
+from engine_plugins.trtllm.contract import argv_complaints, contract_for, lines, load_contract, yaml_complaints
 from engine_plugins.trtllm.kernels import record_kernels
 from engine_plugins.trtllm.render import Rendered, render
 from specs.errors import SpecError
@@ -21,6 +21,7 @@ from specs.load import load_spec
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = Path(__file__).parent / "golden"
 LATENCY, THROUGHPUT, SCOUT = "llama4-maverick-b200", "llama4-maverick-b200-throughput", "llama4-scout-h200"
+VALUES = {"checkpoint": "/m", "draft": "/d", "args": "/a.yaml", "host": "0.0.0.0", "port": "8000"}
 VERSIONS = ["1.1.0", "1.2.1", "1.3.0rc22", "1.4.0rc1"]
 
 
@@ -125,6 +126,7 @@ def test_refusal_says_where_in_the_spec() -> None:
         ("engine.options.speculative_config={use_dynamic_tree: true}", "dynamic_tree_max_topK"),
         ("engine.env.TRTLLM_ENABLE_PLD='1'", "did you mean TRTLLM_ENABLE_PDL?"),
         ("engine.env.TRTLLM_ENABLE_PDL='yes'", "use 0 or 1"),
+        ("engine.plugins=[router, attention_decode]", "attention_decode has no place in TensorRT-LLM"),
         ("engine.version='1.0.0'", "no contract for TensorRT-LLM 1.0.0"),
     ],
 )
@@ -143,7 +145,7 @@ def test_slice_of_a_spec_renders_like_the_spec() -> None:
 
 
 def test_placeholders_are_filled_in() -> None:
-    made = render(spec(LATENCY)).resolve("/bundle", "0.0.0.0", 8000)
+    made = render(spec(LATENCY)).resolve(**VALUES)
     assert "{" not in str(made.argv) + str(made.args_yaml["speculative_config"]["speculative_model_dir"])
 
 
@@ -157,6 +159,28 @@ def test_contract_is_sound(line: str) -> None:
         for name, rule in rules.items():
             assert fits(contract, rule["type"], rule.get("default")) or "default" not in rule, name
             assert "default" not in rule or rule["default"] in rule.get("values", [rule["default"]]), name
+
+
+@pytest.mark.parametrize("name", [LATENCY, THROUGHPUT, SCOUT])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_spec_renders_without_an_unknown_flag_or_key(name: str, version: str) -> None:
+    made, contract = render(spec(name), version).resolve(**VALUES), contract_for(version)
+    assert not list(argv_complaints(contract, made.argv, version))
+    assert not list(yaml_complaints(contract, made.args_yaml, version))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--config", "x"], "1.1.0 has no --config"),
+        (["--tp_size", "eight"], "--tp_size needs a whole number"),
+        (["--prot", "1"], "did you mean --port?"),
+        (["--port"], "--port needs"),
+    ],
+)
+def test_command_line_is_part_of_the_contract(argv: list[str], says: str) -> None:
+    (only,) = list(argv_complaints(contract_for("1.1.0"), ["trtllm-serve", "model", *argv], "1.1.0"))[:1]
+    assert says in f"{only.what}: {only.fix}"
 
 
 def test_every_version_of_a_line_finds_it() -> None:

@@ -1,0 +1,131 @@
+"""The plugin package, installed as a wheel into an environment of its own, and its grafts on a stand-in for upstream.
+
+The ops here are written in plain torch from the calls that the adapter promises; that the fused ones compute the same
+is tests/engine_plugins/ops' business. Run it: `python -m pytest tests/engine_plugins/trtllm/test_adapter.py`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_plugins.trtllm import EVIDENCE_ENV, PLUGINS_ENV, package
+from engine_plugins.trtllm.adapter import SEATS
+
+ROOT = Path(__file__).resolve().parents[3]
+UPSTREAM = Path(__file__).parent / "upstream"
+ALL = sorted({op for op, _ in SEATS.values()})
+# Constructs the model as a rank does, runs a step of as many tokens as argv[1] says, prints its output.
+RANK = """
+import sys, json, torch
+torch.manual_seed(0)
+{ops}
+from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
+model = MODEL_CLASS_MAPPING["Llama4ForConditionalGeneration"]()
+tokens = int(sys.argv[1])
+x = torch.randn(tokens, 64).to(torch.bfloat16)
+y = model(torch.arange(tokens) * 9000, x)
+print(json.dumps(y.float().flatten().tolist()))
+"""
+OPS = "from tests.engine_plugins.trtllm import plain_ops"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python environment with torch, the stand-in for tensorrt_llm, and our wheel installed by pip."""
+    home = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    site = next(home.glob("lib/python*/site-packages"))
+    ours = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "stand-in.pth").write_text("\n".join([*ours, str(UPSTREAM)]) + "\n")
+    wheel = package.build_wheel(home / "wheels")
+    command = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "install", "-q", "--no-deps"]
+    subprocess.run([*command, "--no-index", "--disable-pip-version-check", str(wheel)], check=True)
+    return home
+
+
+def rank(environment: Path, tmp_path: Path, tokens: int = 4, plugins: str | None = None, ops: str = OPS) -> Any:
+    """A worker as MPI makes it: no inherited variable but those named TRTLLM* and TLLM*."""
+    env = {"TRTLLM_ENABLE_PDL": "1", EVIDENCE_ENV: str(tmp_path), "PATH": "/usr/bin:/bin"}
+    env |= {} if plugins is None else {PLUGINS_ENV: plugins}
+    program = RANK.replace("{ops}", f"sys.path.append({str(ROOT)!r})\n{ops}" if ops else "")
+    run = subprocess.run(
+        [str(environment / "bin" / "python"), "-c", program, str(tokens)],
+        env=env, cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def evidence(tmp_path: Path) -> dict[str, Any]:
+    (only,) = tmp_path.glob("*.json")
+    return json.loads(only.read_text())
+
+
+def test_every_op_runs_in_a_worker_that_inherits_nothing_and_changes_nothing(environment: Path, tmp_path: Path) -> None:
+    with_ops = rank(environment, tmp_path, plugins=",".join(ALL))
+    found = evidence(tmp_path)
+    assert found["errors"] == [] and found["env"] == {"TRTLLM_ENABLE_PDL": "1"}
+    assert {op for op, outcomes in found["ops"].items() if "ran" in outcomes} == set(ALL)
+    layers = {"router": 2, "moe_top1": 2, "qkv_attn_scaling": 4, "fc13_swiglu": 4, "gemm_low_latency": 8}
+    assert layers.items() <= found["grafted"].items(), "every layer's modules, and none of the draft's"
+    assert with_ops == rank(environment, tmp_path)
+
+
+def test_outside_their_gates_upstream_runs_and_says_so(environment: Path, tmp_path: Path) -> None:
+    many = rank(environment, tmp_path, tokens=20, plugins=",".join(ALL))
+    outcomes = evidence(tmp_path)["ops"]
+    assert all("ran" not in outcomes[op] for op in ALL), outcomes
+    assert outcomes["gemm_low_latency"] == {"more than 16 tokens": 20}
+    assert many == rank(environment, tmp_path, tokens=20)
+
+
+def test_op_that_is_not_there_falls_back_and_says_so(environment: Path, tmp_path: Path) -> None:
+    made = rank(environment, tmp_path, plugins="router", ops="")
+    outcomes = evidence(tmp_path)["ops"]["router"]
+    assert outcomes == {"absent": 4} or "ran" in outcomes
+    assert made == rank(environment, tmp_path)
+
+
+def test_only_the_named_ops_are_grafted(environment: Path, tmp_path: Path) -> None:
+    rank(environment, tmp_path, plugins="router")
+    assert set(evidence(tmp_path)["grafted"]) == {"router"}
+
+
+def test_other_python_processes_are_left_alone(environment: Path, tmp_path: Path) -> None:
+    rank(environment, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_unpacked_package_registers_itself_and_leaves_the_images_own_sitecustomize(tmp_path: Path) -> None:
+    site, image, seen = tmp_path / "site", tmp_path / "image", tmp_path / "evidence"
+    for folder in (image, seen):
+        folder.mkdir()
+    package.unpack(package.build_wheel(tmp_path), site)
+    (image / "sitecustomize.py").write_text("print('the image speaks')")
+    env = {**os.environ, "PYTHONPATH": f"{site}:{image}:{UPSTREAM}", PLUGINS_ENV: "router", EVIDENCE_ENV: str(seen)}
+    program = RANK.replace("{ops}", f"sys.path.append({str(ROOT)!r})\n{OPS}")
+    run = subprocess.run([sys.executable, "-c", program, "4"], env=env, cwd="/", capture_output=True, text=True)
+    assert run.stdout.startswith("the image speaks"), run.stderr
+    assert evidence(seen)["ops"]["router"] == {"ran": 4}
+
+
+def test_wheel_is_the_same_for_the_same_files(tmp_path: Path) -> None:
+    first, second = package.build_wheel(tmp_path / "a"), package.build_wheel(tmp_path / "b")
+    assert first.name == second.name and first.read_bytes() == second.read_bytes()
+
+
+def test_wheel_holds_no_heavy_import() -> None:
+    """The front and the hook run where there is neither kilotok's environment nor, at start, any need for torch."""
+    code = (
+        "import sys, engine_plugins.trtllm.front, engine_plugins.trtllm.adapter, engine_plugins.trtllm.hook;"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules} & {'torch', 'pydantic', 'yaml', 'fastapi'}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -1,0 +1,1 @@
+"""As upstream: the PyTorch backend."""

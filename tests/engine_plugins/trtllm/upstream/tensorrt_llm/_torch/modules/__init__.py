@@ -1,0 +1,1 @@
+"""As upstream: modules that the models are made of."""
