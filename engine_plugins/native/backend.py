@@ -28,6 +28,9 @@ class Backend(Protocol):
     def start(self, slot: int, position: int, token: int, temperature: float, top_p: float, seed: int) -> None:
         """The slot decodes from now on: `token` at `position` is next, everything before it is (being) prefilled."""
 
+    def copy_prefix(self, source: int, slot: int, count: int) -> None:
+        """The first `count` positions of `source`'s caches become `slot`'s."""
+
     def forced(self, slot: int, token_ids: list[int], what: str) -> np.ndarray:
         """Teacher-forced "logits" [T, V], "hidden" [T, 3H] or "draft" logits [T-1, draft V]."""
 
@@ -52,6 +55,7 @@ def open_backend(
     forced_acceptance: float | None,
     isa: str | None,
     row_budget: int,
+    fused: bool,
 ) -> Backend:
     """The compiled backend when the bundle has one."""
     if bundle.library is None:
@@ -68,4 +72,5 @@ def open_backend(
         forced_acceptance=forced_acceptance,
         isa=isa,
         row_budget=row_budget,
+        fused=fused,
     )

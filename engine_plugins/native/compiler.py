@@ -1,7 +1,7 @@
 """Compile the C++ step into one shared library with a path per instruction set.
 
-What it is: `compile_library` runs g++ once per path (AVX2, AVX-512) and once for the C ABI, side by side, and
-links them.
+What it is: `compile_library` runs g++ once per path (AVX2, AVX-512, AVX512-BF16) and once for the C ABI, side by side,
+and links them.
 What it refuses to be: a build system, or a reason to fail: without a compiler it warns and returns None.
 Run it: `python -m engine_plugins.native.compiler OUT_DIR`.
 """
@@ -32,19 +32,9 @@ OPS = (
     "router",
     "verify",
 )
-ISA_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mprefer-vector-width=512",
-    ),
-}
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vbmi")}
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall")
 _compiled: dict[str, bytes] = {}
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from engine_plugins.native.backend import Backend, Prefill, open_backend
 from engine_plugins.native.bundle import load_bundle
+from engine_plugins.native.slots import Slots
 from engine_plugins.native.tokenizer import ChatTokenizer, TextStream
 from specs.errors import InputError
 
@@ -50,7 +51,7 @@ class Event:
 
     request_id: int
     token_ids: tuple[int, ...]
-    finish_reason: str | None = None  # "stop", "length", "cancelled"
+    finish_reason: str | None = None  # "stop", "length", "cancelled", "error" (the logits are not numbers)
     text: str = ""
 
 
@@ -79,6 +80,7 @@ class Request:
     cycles: int = 0
     slot: int = -1
     prefilled: int = 0
+    reused: int = 0  # prompt tokens whose cache another request had computed
     decoding: bool = False
     cancelled: bool = False
     finish_reason: str | None = None
@@ -92,7 +94,7 @@ class Request:
 
 class Engine:
     """One bundle, ready to generate. With many running slots fewer tokens are drafted (slots * (1 + drafts) <=
-    row_budget).
+    row_budget). `fused=False` runs the target's operators one by one (cpp/unfused.h), for comparison.
     `submit` and `cancel` may be called from any thread; `step` from one at a time."""
 
     PREFILL_CHUNK = 128
@@ -107,6 +109,7 @@ class Engine:
         verify_digests: bool = True,
         isa: str | None = None,
         row_budget: int = 16,
+        fused: bool = True,
     ) -> None:
         self.bundle = load_bundle(Path(bundle_path), verify=verify_digests)
         self.config = self.bundle.config
@@ -122,18 +125,26 @@ class Engine:
             forced_acceptance=forced_acceptance,
             isa=isa,
             row_budget=row_budget,
+            fused=fused,
         )
         self.tokenizer = ChatTokenizer(self.bundle.path)
         self.max_seq_len = self.bundle.max_seq_len
         self._eos = frozenset(self.config.eos_token_ids)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._free = list(range(self.bundle.max_batch_size - 1, -1, -1))
+        self._slots = Slots(self.bundle.max_batch_size)
         self._requests: dict[int, Request] = {}
         self._next_id = 0
         self._lock = threading.Lock()
         self._seeds = np.random.SeedSequence()
-        self._totals = {"tokens": 0, "prompt_tokens": 0, "steps": 0, "step_seconds": 0.0, "requests": 0}
+        self._totals = {
+            "tokens": 0,
+            "prompt_tokens": 0,
+            "steps": 0,
+            "step_seconds": 0.0,
+            "requests": 0,
+            "reused_tokens": 0,
+        }
 
     # ---- text
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -233,9 +244,13 @@ class Engine:
 
     def _admit(self) -> None:
         with self._lock:
-            while self._waiting and self._free:
+            while self._waiting and self._slots.free:
                 request = self._waiting.popleft()
-                request.slot = self._free.pop()
+                placed = self._slots.take(request.prompt_ids)
+                if placed.source != placed.slot:
+                    self.backend.copy_prefix(placed.source, placed.slot, placed.reused)
+                request.slot, request.reused, request.prefilled = placed.slot, placed.reused, placed.reused
+                self._totals["reused_tokens"] += placed.reused
                 self._running.append(request)
 
     def _plan_prefill(self, request: Request, prefills: list[Prefill], budget: int) -> int:
@@ -245,6 +260,7 @@ class Engine:
             begin = request.prefilled
             prefills.append((request.slot, begin, request.prompt_ids[begin : begin + rows + 1]))
             request.prefilled += rows
+            self._slots.hold(request.slot, request.prompt_ids[: request.prefilled + 1])
         if request.prefilled == len(request.prompt_ids) - 1:
             p = request.params
             seed = p.seed if p.seed is not None else int(self._seeds.spawn(1)[0].generate_state(1, np.uint64)[0])
@@ -261,6 +277,8 @@ class Engine:
             end = next((i for i, t in enumerate(kept) if t in self._eos), None)
             if end is not None:
                 kept, reason = kept[: end + 1], "stop"
+        if not tokens:
+            reason = "error"
         if reason is None and len(kept) == limit:
             reason = "length"
         request.output_ids.extend(kept)
@@ -280,7 +298,8 @@ class Engine:
         request.finish_reason = reason
         self._requests.pop(request.id, None)
         if request.slot >= 0:
-            self._free.append(request.slot)
+            known = request.prompt_ids[: request.prefilled + 1] + request.output_ids
+            self._slots.give_back(request.slot, () if reason == "error" else known)
             request.slot = -1
 
     # ---- conveniences
@@ -311,11 +330,11 @@ class Engine:
         return self._forced(token_ids, "draft")
 
     def _forced(self, token_ids: Sequence[int], what: str) -> np.ndarray:
-        if not self._free:
+        if not self._slots.free:
             raise InputError("every slot is taken", what, "wait for the engine to be idle")
         if not 0 < len(token_ids) <= self.max_seq_len:
             raise InputError(f"{len(token_ids)} tokens", what, f"1..{self.max_seq_len}")
-        return self.backend.forced(self._free[-1], list(token_ids), what)
+        return self.backend.forced(self._slots.borrow(), list(token_ids), what)
 
     def counters(self) -> dict[str, Any]:
         """Totals since start: tokens, cycles, seconds per operator group, acceptance by position, what runs

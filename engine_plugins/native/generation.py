@@ -190,6 +190,7 @@ class Reply(Response):
         accepted = [sum(column) for column in zip(*(ticket.accepted for ticket in tickets), strict=True)]
         return speculation_usage(
             sum(len(ticket.prompt_ids) for ticket in tickets),
+            sum(ticket.reused for ticket in tickets),
             sum(generation.num_generated for generation in self.generations),
             draft_tokens,
             sum(ticket.cycles for ticket in tickets),

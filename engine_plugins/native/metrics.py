@@ -32,6 +32,7 @@ def render_metrics(scheduler: Scheduler, admission: Admission) -> str:
             ("faults", "Requests that the engine could not finish."),
             ("cancelled", "Requests whose client hung up."),
             ("prompt_tokens", "Prompt tokens."),
+            ("reused_tokens", "Prompt tokens that were in a cache already, of finished requests."),
             ("generation_tokens", "Generated tokens."),
             ("cycles", "Decode cycles of finished requests."),
         )

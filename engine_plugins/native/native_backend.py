@@ -25,7 +25,7 @@ GROUPS = ("embed", "norms", "qkv", "attention", "o", "dense_mlp", "moe", "lm_hea
 LAYER_MATRICES = ("qkv", "o", "gate_up", "down", "router", "experts.gate_up", "experts.down")
 DRAFT_MATRICES = ("fc", "qkv", "o", "gate_up", "down", "lm_head")
 MAX_ROWS, MAX_DRAFTS = 2048, 15
-ISA_CODES = {None: 0, "avx2": 2, "avx512": 5}
+ISA_CODES = {None: 0, "avx2": 1, "avx512": 2, "avx512_bf16": 3}
 FORCED = {"logits": 0, "hidden": 1, "draft": 2}
 
 
@@ -54,6 +54,7 @@ def open_library(path: str) -> ctypes.CDLL:
     lib.kt_layer.argtypes = [p, i, p, p, f, f, i, i, i]
     lib.kt_target.argtypes, lib.kt_draft.argtypes = [p] * 3, [p] * 7
     lib.kt_start.argtypes = [p, i, i, ctypes.c_int32, f, f, ctypes.c_uint64]
+    lib.kt_copy_prefix.argtypes = [p, i, i, i]
     lib.kt_cycle.argtypes, lib.kt_forced.argtypes = [p, p], [p, i, p, i, i, p]
     lib.kt_counters.argtypes, lib.kt_free.argtypes, lib.kt_share_lm_head.argtypes = [p, p, p], [p], [p]
     lib.kt_gemm_new.restype, lib.kt_gemm_new.argtypes = p, [p, p, i, i, i, p, f]
@@ -79,6 +80,7 @@ class NativeBackend:
         forced_acceptance: float | None,
         isa: str | None,
         row_budget: int,
+        fused: bool,
     ) -> None:
         slots, k = bundle.max_batch_size, draft_tokens
         rows = prefill_rows + slots * (k + 1)
@@ -93,7 +95,7 @@ class NativeBackend:
         self._bundle, self._k, self._rows, self._threads = bundle, k, rows, threads
         self._check_memory()
         self._lib = open_library(str(bundle.library))
-        self._handle = self._create(threads, forced_acceptance or 0.0, ISA_CODES[isa], row_budget)
+        self._handle = self._create(threads, forced_acceptance or 0.0, ISA_CODES[isa], row_budget, fused)
         self._isa = self._lib.kt_isa(self._handle).decode()
         self._load_target(Tensors(bundle.path / "weights.safetensors"))
         if bundle.draft:
@@ -134,7 +136,7 @@ class NativeBackend:
                 "lower max_batch_size or max_seq_len, or use a larger machine",
             )
 
-    def _create(self, threads: int, forced_acceptance: float, isa: int, row_budget: int) -> int:
+    def _create(self, threads: int, forced_acceptance: float, isa: int, row_budget: int, fused: bool) -> int:
         b, c, d = self._bundle, self._bundle.config, self._bundle.draft
         widths = [c.intermediate_size_mlp, c.intermediate_size] + ([d.intermediate_size] if d else [])
         ints = _ints(
@@ -166,6 +168,7 @@ class NativeBackend:
                 int(d.normalize_hidden_twice) if d else 0,
                 isa,
                 row_budget,
+                int(fused),
             ]
         )
         floats = np.array(
@@ -261,6 +264,9 @@ class NativeBackend:
 
     def start(self, slot: int, position: int, token: int, temperature: float, top_p: float, seed: int) -> None:
         self._lib.kt_start(self._handle, slot, position, token, temperature, top_p, seed)
+
+    def copy_prefix(self, source: int, slot: int, count: int) -> None:
+        self._lib.kt_copy_prefix(self._handle, source, slot, count)
 
     def forced(self, slot: int, token_ids: list[int], what: str) -> np.ndarray:
         b, count = self._bundle, len(token_ids)

@@ -207,7 +207,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def speculation_usage(
-    num_prompt: int, num_generated: int, draft_tokens: int, cycles: int, accepted: list[int]
+    num_prompt: int, num_reused: int, num_generated: int, draft_tokens: int, cycles: int, accepted: list[int]
 ) -> dict[str, Any]:
     """OpenAI's usage, its own prediction fields, and the acceptance by position that a speculative engine owes."""
     num_accepted = sum(accepted)
@@ -215,6 +215,7 @@ def speculation_usage(
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_reused},
         "completion_tokens_details": {
             "accepted_prediction_tokens": num_accepted,
             "rejected_prediction_tokens": max(0, cycles * draft_tokens - num_accepted),

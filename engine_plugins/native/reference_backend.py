@@ -191,10 +191,12 @@ class ReferenceBackend:
 
     def start(self, slot: int, position: int, token: int, temperature: float, top_p: float, seed: int) -> None:
         state = self._slots[slot]
-        if position == 0:  # else the prefill pieces bring every token, this one last
-            state.tokens = [token]
+        state.tokens[position:] = [token]
         state.drafts, state.q, state.temperature, state.top_p = [], None, temperature, top_p
         state.uniform = np.random.Generator(np.random.Philox(key=seed)).random
+
+    def copy_prefix(self, source: int, slot: int, count: int) -> None:
+        self._slots[slot].tokens = self._slots[source].tokens[:count]
 
     def _decode(self, state: _Slot) -> Result:
         logits, _ = self._model.forward(state.tokens + state.drafts)

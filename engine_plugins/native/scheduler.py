@@ -48,6 +48,10 @@ class Ticket:
         self.finished = False
 
     @property
+    def reused(self) -> int:
+        return int(self.request.reused) if self.request else 0
+
+    @property
     def cycles(self) -> int:
         return int(self.request.cycles) if self.request else 0
 
@@ -189,6 +193,7 @@ class Scheduler:
             if reason is not None:
                 self._finish(ticket)
                 totals["cycles"] += ticket.cycles
+                totals["reused_tokens"] += ticket.reused
                 for at, count in enumerate(ticket.accepted, 1):
                     totals[f"accepted_{at}"] += count
             if reason in ("error", "nan"):

@@ -306,7 +306,9 @@ def load_native(args: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
     """The engine of this package; imported here so that `--help` and the tests' toy need no compiler."""
     from engine_plugins.native.engine import Engine, SamplingParams
 
-    return Engine(args.bundle, threads=args.threads, speculate=not args.no_speculation), SamplingParams
+    return Engine(
+        args.bundle, threads=args.threads, speculate=not args.no_speculation, fused=not args.no_fusion
+    ), SamplingParams
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -319,6 +321,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--served-model-name", default="")
     parser.add_argument("--api-key-env", default="", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument("--no-speculation", action="store_true")
+    parser.add_argument("--no-fusion", action="store_true", help="one operator at a time, for comparison")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
     parser.add_argument("--control", type=Path, default=None, metavar="PATH", help="control socket for the deployer")

@@ -41,14 +41,31 @@ def test_logits_agree_with_transformers(models: Path, bundles: Path, open_engine
     assert (ours.argmax(1) == expected.argmax(1)).mean() > 0.97
 
 
-def test_both_instruction_sets_give_the_same_bits(bundles: Path, open_engine: Callable[..., Engine]) -> None:
-    ids = tokens(150)
-    narrow = open_engine(bundles / "tiny", isa="avx2").logits(ids)
+@pytest.mark.parametrize("isa", ["avx512", "avx512_bf16"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_every_instruction_set_gives_the_same_bits(
+    bundles: Path, fp8_bundle: Path, isa: str, quantized: bool, open_engine: Callable[..., Engine]
+) -> None:
+    ids, bundle = tokens(150), fp8_bundle if quantized else bundles / "tiny"
+    narrow = open_engine(bundle, isa="avx2").logits(ids)
     try:
-        wide = open_engine(bundles / "tiny", isa="avx512")
+        wide = open_engine(bundle, isa=isa)
     except IntegrityError:
-        pytest.skip("this CPU has no AVX-512")
+        pytest.skip(f"this CPU has no {isa}")
+    assert wide.counters()["isa"] == isa
     assert np.array_equal(narrow, wide.logits(ids))
+
+
+@pytest.mark.parametrize("name", ["tiny", "scout", "llama3", "fp8"])
+def test_fusion_does_not_change_a_bit(
+    bundles: Path, fp8_bundle: Path, name: str, open_engine: Callable[..., Engine]
+) -> None:
+    """Also a check that the operators of the comparison do the same work; their time shows in other groups."""
+    ids, bundle = tokens(150), fp8_bundle if name == "fp8" else bundles / name
+    fused, apart = open_engine(bundle), open_engine(bundle, fused=False)
+    assert np.array_equal(fused.logits(ids), apart.logits(ids))
+    if name in ("tiny", "fp8"):
+        assert np.array_equal(fused.hidden(ids), apart.hidden(ids))
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

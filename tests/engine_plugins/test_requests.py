@@ -149,3 +149,26 @@ def test_counters_name_the_backend_and_split_the_time(bundles: Path, open_engine
     split = counters["seconds_by_group"]
     assert {"qkv", "attention", "o", "dense_mlp", "moe", "lm_head", "norms", "draft", "sampling", "host"} <= set(split)
     assert 0.8 * counters["seconds"] < sum(split.values()) <= 1.05 * counters["seconds"]
+
+
+def test_logits_that_are_not_numbers_end_the_request_and_free_the_slot(
+    models: Path, tmp_path: Path, open_engine: Callable[..., Engine]
+) -> None:
+    """Finite weights may still overflow: packing cannot see it, the first step does."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(models / "tiny", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["lm_head.weight"].fill_(3e38)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    build_bundle(
+        tmp_path / "model",
+        tmp_path / "bundle",
+        draft=models / "draft",
+        draft_tokens=3,
+        max_seq_len=64,
+        max_batch_size=1,
+    )
+    engine = open_engine(tmp_path / "bundle")
+    done = engine.generate([tokens(5), tokens(6)], SamplingParams(max_tokens=9))
+    assert [(c.token_ids, c.finish_reason) for c in done] == [([], "error")] * 2

@@ -54,6 +54,7 @@ class Running:
     stream: TextStream
     accepted_by_position: list[int]
     cycles: int = 0
+    reused: int = 0
 
 
 class ToyEngine:

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -19,6 +20,9 @@ namespace kilotok_avx2 {
 extern const kilotok::StepTable kTable;
 }
 namespace kilotok_avx512 {
+extern const kilotok::StepTable kTable;
+}
+namespace kilotok_avx512_bf16 {
 extern const kilotok::StepTable kTable;
 }
 
@@ -135,11 +139,23 @@ Matrix make_matrix(Handle* h, const void* data, int dtype, int count, int n, int
   return m;
 }
 
+// The best path this CPU has, or the one asked for; null when it lacks that.
+const StepTable* choose_table(int isa) {
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  const StepTable* best = has_bf16 ? &kilotok_avx512_bf16::kTable : has_avx512 ? &kilotok_avx512::kTable : has_avx2 ? &kilotok_avx2::kTable : nullptr;
+  const StepTable* asked[] = {best, has_avx2 ? &kilotok_avx2::kTable : nullptr, has_avx512 ? &kilotok_avx512::kTable : nullptr,
+                              has_bf16 ? &kilotok_avx512_bf16::kTable : nullptr};
+  return asked[isa];
+}
+
 }  // namespace
 
 // ints: layers, hidden, vocab, experts, captures, drafts, max_rows, max_logit_rows, slots, max_seq, heads, kv_heads, head_dim,
 // chunk, fp8 cache, qk_norm, temperature tuning, threads, gated width, has draft, draft heads, draft kv heads, draft head_dim,
-// draft vocab, normalize twice, isa (0 best, 2 avx2, 5 avx512), row budget. floats: eps, forced acceptance, floor_scale, attn_scale, draft eps.
+// draft vocab, normalize twice, isa (0 best, 1 avx2, 2 avx512, 3 avx512_bf16), row budget, fused. floats: eps, forced acceptance, floor_scale, attn_scale, draft eps.
 KT_API void* kt_new(const int32_t* ints, const float* floats, const float* inv_freq, const float* draft_inv_freq) {
   Handle* h = new Handle;
   Engine& e = h->e;
@@ -152,12 +168,9 @@ KT_API void* kt_new(const int32_t* ints, const float* floats, const float* inv_f
   rope_tables(h, e.attention, inv_freq);
   e.gated_stride = i[18];
   e.has_draft = i[19];
-  e.row_budget = i[26];
-  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512dq");
-  const bool fits = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (!fits || (i[25] == 5 && !wide)) return delete h, nullptr;
-  h->table = wide && i[25] != 2 ? &kilotok_avx512::kTable : &kilotok_avx2::kTable;
+  e.row_budget = i[26], e.fused = i[27];
+  h->table = choose_table(i[25]);
+  if (!h->table) return delete h, nullptr;
   e.layers = h->arena.array<Layer>(e.num_layers);
   e.cache_stride = size_t(padded_seq) * e.attention.head_dim * (i[14] ? 1 : 2);
   const size_t cache = e.cache_stride * e.attention.kv_heads * e.max_slots * e.num_layers;
@@ -194,6 +207,8 @@ KT_API void* kt_new(const int32_t* ints, const float* floats, const float* inv_f
   e.logits = h->arena.array<float>(size_t(e.max_logit_rows) * vocab);
   e.draft_hidden = h->arena.array<float>(rows * H);
   e.draft_logits = h->arena.array<float>(size_t(e.max_logit_rows) * logits);
+  const size_t widest = rows * std::max({(size_t)e.gated_stride, H, (size_t)e.attention.kv_heads * e.attention.head_dim, (size_t)e.num_experts + kLanes});
+  for (int b = 0; !e.fused && b < 7; ++b) e.unfused[b] = h->arena.array<float>(widest + kLanes);
   e.pool = pool_new(i[17]);
   size_t score = size_t(8) * group * (padded_seq + head_dim), tiles = 2 * rows * (H > size_t(head_dim) ? H : head_dim) + 64 * rows;
   size_t routing = rows * (2 + (e.num_experts + 15) / 16 * 16);
@@ -216,7 +231,8 @@ KT_API void kt_free(void* handle) {
 }
 
 KT_API const char* kt_isa(void* handle) {
-  return static_cast<Handle*>(handle)->table == &kilotok_avx512::kTable ? "avx512" : "avx2";
+  const StepTable* table = static_cast<Handle*>(handle)->table;
+  return table == &kilotok_avx512_bf16::kTable ? "avx512_bf16" : table == &kilotok_avx512::kTable ? "avx512" : "avx2";
 }
 
 KT_API void kt_matrix(void* handle, int layer, int which, const void* data, int dtype, int count, int n, int k, const float* scale,
@@ -274,6 +290,23 @@ KT_API void kt_start(void* handle, int slot, int position, int32_t token, float 
   Slot& s = static_cast<Handle*>(handle)->e.slots[slot];
   s.position = position, s.last_token = token, s.num_drafts = 0;
   s.temperature = temperature, s.top_p = top_p, s.seed = seed, s.draws = 0, s.forced_debt = 0;
+}
+
+// Positions [0, count) of every layer's and the draft's cache, from one slot to another. K is [S/16][..], V is [D/16][S/2][..].
+KT_API void kt_copy_prefix(void* handle, int from, int to, int count) {
+  const Engine& e = static_cast<Handle*>(handle)->e;
+  auto copy = [&](uint8_t* k, uint8_t* v, const Attention& a, size_t stride, size_t layer) {
+    const size_t element = a.cache_dtype == kFp8 ? 1 : 2, blocks = (count + kLanes - 1) / kLanes, v_block = size_t(a.max_seq) * kLanes * element;
+    for (int head = 0; head < a.kv_heads; ++head) {
+      const size_t source = layer + (size_t(from) * a.kv_heads + head) * stride, target = layer + (size_t(to) * a.kv_heads + head) * stride;
+      memcpy(k + target, k + source, blocks * kLanes * a.head_dim * element);
+      for (int d = 0; d < a.head_dim / kLanes; ++d)
+        memcpy(v + target + d * v_block, v + source + d * v_block, blocks * kLanes * kLanes * element);
+    }
+  };
+  for (int l = 0; l < e.num_layers; ++l)
+    copy(e.k_cache, e.v_cache, e.attention, e.cache_stride, l * e.cache_stride * e.attention.kv_heads * e.max_slots);
+  if (e.has_draft) copy(e.draft.k_cache, e.draft.v_cache, e.draft_attention, e.draft_cache_stride, 0);
 }
 
 KT_API void kt_cycle(void* handle, const CycleIO* io) {

@@ -91,7 +91,8 @@ struct Engine {
   Rows rows, draft_rows;
   int *draft_source, *cycle_first, *cycle_accepted;
   float *residual, *features, *q, *attended, *gated, *gated_expert, *logits, *draft_hidden, *draft_logits;
-  int gated_stride;
+  int gated_stride, fused;
+  float* unfused[7];            // [rows][widest]; only when the operators run apart (unfused.h)
   float* scratch[kMaxThreads];  // per thread: normalized rows, routed rows
   float* score_scratch[kMaxThreads];
   float* vocab_scratch[kMaxThreads];

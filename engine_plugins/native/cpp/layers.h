@@ -260,6 +260,9 @@ static void embed_row(const uint16_t* table, int token, int size, float* out) {
   for (int i = 0; i < size; i += kLanes) vstore(out + i, vbf16(table + (size_t)token * size + i));
 }
 
+static void unfused_layer(Engine& e, const Layer& layer, const CacheView& cache, const RowTile* tiles, int num_tiles);
+static void unfused_head(Engine& e);
+
 // Target forward over e.rows: fills residual, features, logits of the rows that asked for them.
 static void target_forward(Engine& e) {
   const Rows& rows = e.rows;
@@ -272,10 +275,15 @@ static void target_forward(Engine& e) {
   for (int l = 0; l < e.num_layers; ++l) {
     const Layer& layer = e.layers[l];
     const CacheView cache{e.k_cache + l * layer_bytes, e.v_cache + l * layer_bytes, e.cache_stride, layer.k_scale, layer.v_scale};
+    if (!e.fused) {
+      unfused_layer(e, layer, cache, tiles, num_tiles);
+      continue;
+    }
     attention_block(e, e.attention, layer.qkv, layer.o, cache, layer.rope, rows, tiles, num_tiles, kQkv, e.residual, prepare_layer, &layer);
     if (layer.moe) moe_block(e, layer, rows.count);
     else dense_block(e, layer.gate_up, layer.down, layer.post_norm, e.eps, rows.count, e.residual, layer.capture, kMlp);
   }
+  if (!e.fused) return unfused_head(e);
   head_block(e, e.lm_head, e.norm, e.eps, e.residual, rows.logit_row, rows.num_logits, e.logits, e.lm_head.n, kLmHead);
 }
 

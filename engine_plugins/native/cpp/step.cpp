@@ -11,6 +11,7 @@
 #define KILOTOK_NAMESPACE KT_CONCAT(kilotok_, KILOTOK_ISA)
 #define KT_INLINE_MEMBER inline __attribute__((always_inline))
 #include "layers.h"
+#include "unfused.h"
 #include "verify/cpu.h"
 
 namespace KILOTOK_NAMESPACE {
@@ -47,7 +48,7 @@ static void draft_chain(Engine& e, const CycleIO& io) {
   {
     int wanted = 0;
     for (int i = 0; i < io.num_decodes; ++i)
-      if (room_for_drafts(e, e.slots[io.decode_slot[i]]) > 0) active[wanted++] = i;
+      if (io.out_count[i] && room_for_drafts(e, e.slots[io.decode_slot[i]]) > 0) active[wanted++] = i;
     count = wanted;
   }
   for (int step = 0; count > 0; ++step) {
@@ -88,7 +89,7 @@ static void draft_all(Engine& e, const CycleIO& io, int prefill_rows, const int3
       e.draft_source[rows.count] = first + t;
       add_row(rows, io.decode_slot[i], e.rows.position[first + t], io.out_tokens[i * (e.num_drafts + 1) + t]);
     }
-    if (room_for_drafts(e, s) > 0) rows.logit_row[rows.num_logits++] = rows.count - 1;
+    if (tokens && room_for_drafts(e, s) > 0) rows.logit_row[rows.num_logits++] = rows.count - 1;
   }
   if (!rows.count) return;
   draft_combine(e);
@@ -140,9 +141,10 @@ static void cycle(Engine& e, const CycleIO& io) {
     io.out_proposed[i] = s.num_drafts;
     e.proposed += s.num_drafts > 0;
     for (int t = 1; t < tokens; ++t) ++e.accepted[t - 1];
+    s.num_drafts = 0;
+    if (!tokens) continue;  // its request ends
     s.position += tokens;
     s.last_token = io.out_tokens[i * (e.num_drafts + 1) + tokens - 1];
-    s.num_drafts = 0;
   }
   ++e.cycles;
   e.ticks[kHost] += ticks() - start;

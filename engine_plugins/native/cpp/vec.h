@@ -7,6 +7,9 @@
 //
 // FP8 decode: E4M3 s.eeee.mmm moved into FP16 s.0eeee.mmm0000000 is the value times 2^-8, subnormals included; F16C does the
 // rest. The 2^8 sits in the matrix's scale. FP8 weights come as 16-bit words of two inputs for one output lane.
+//
+// With AVX512-BF16 two inputs are multiplied at once: E4M3 is exact in BF16, and the instruction adds the odd product, rounds,
+// adds the even product, rounds. The other paths add in that order too, which keeps the bits the same.
 #pragma once
 #include <immintrin.h>
 #include <math.h>
@@ -112,6 +115,51 @@ KT_INLINE __m256 half_round_e4m3(__m256 x) {
   return _mm256_blendv_ps(normal, tiny, _mm256_cmp_ps(size, _mm256_set1_ps(0.015625f), _CMP_LT_OQ));
 }
 KT_INLINE V vround_e4m3(V x) { return {half_round_e4m3(x.a), half_round_e4m3(x.b)}; }
+#endif
+
+// A row of E4M3 values: fp32, or BF16 pairs in the first half of the row where two inputs are multiplied at once.
+#ifdef __AVX512BF16__
+constexpr bool kDot = true;
+KT_INLINE void vstore_rounded(float* row, int at, V x) {
+  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(x), 16);
+  _mm256_storeu_si256((__m256i*)((uint16_t*)row + at), _mm512_cvtepi32_epi16(high));
+}
+
+// BF16 of the 128 positive E4M3 codes times 2^-8, as two tables of bytes: 64 codes to a register.
+struct DotBytes {
+  alignas(64) uint8_t high[128], low[128];
+};
+constexpr DotBytes make_dot_bytes() {
+  constexpr int subnormal[8] = {0, 0x3700, 0x3780, 0x37C0, 0x3800, 0x3820, 0x3840, 0x3860};  // code x 2^-17
+  DotBytes out{};
+  for (int code = 0; code < 128; ++code) {
+    const int bits = code < 8 ? subnormal[code] : 0x3800 | code << 4;
+    out.high[code] = (uint8_t)(bits >> 8), out.low[code] = (uint8_t)bits;
+  }
+  return out;
+}
+static constexpr DotBytes kDotBytes = make_dot_bytes();
+struct DotTables {
+  __m512i high[2], low[2];
+};
+KT_INLINE DotTables dot_tables() {
+  const DotBytes& t = kDotBytes;
+  return {{_mm512_load_si512(t.high), _mm512_load_si512(t.high + 64)}, {_mm512_load_si512(t.low), _mm512_load_si512(t.low + 64)}};
+}
+KT_INLINE void vdecode_dot(const DotTables& t, __m512i codes, __m512bh& first, __m512bh& second) {  // two pairs of inputs
+  codes = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes);
+  __m512i high = _mm512_permutex2var_epi8(t.high[0], codes, t.high[1]);
+  high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xF8);  // high | (codes & sign)
+  const __m512i low = _mm512_permutex2var_epi8(t.low[0], codes, t.low[1]);
+  first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+  second = (__m512bh)_mm512_unpackhi_epi8(low, high);
+}
+KT_INLINE V vdot(V sum, const float* row, int pair, __m512bh weights) {
+  return _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(((const int32_t*)row)[pair]));
+}
+#else
+constexpr bool kDot = false;
+KT_INLINE void vstore_rounded(float* row, int at, V x) { vstore(row + at, x); }
 #endif
 
 KT_INLINE float vsum(V x) {  // fixed order: pairs of halves

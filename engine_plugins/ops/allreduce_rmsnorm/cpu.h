@@ -18,16 +18,19 @@ static void rmsnorm(const float* x, const float* weight, int size, float eps, fl
   }
   const V factor = vset1(1.0f / sqrtf(vsum(sum) / (float)size + eps));
   if (inv_scale > 0) {
-    for (int i = 0; i < size; i += kLanes) vstore(y + i, vquantize(vmul(vmul(vload(x + i), factor), vload(weight + i)), inv_scale));
+    for (int i = 0; i < size; i += kLanes) vstore_rounded(y, i, vquantize(vmul(vmul(vload(x + i), factor), vload(weight + i)), inv_scale));
   } else {
     for (int i = 0; i < size; i += kLanes) vstore(y + i, vmul(vmul(vload(x + i), factor), vload(weight + i)));
   }
 }
 
-static void quantize_row(const float* x, float factor, float inv_scale, int size, float* y) {
+// Writes x * factor at y[at ...], on the E4M3 grid when inv_scale > 0; y is the row's begin. May work in place when at is 0.
+static void quantize_row(const float* x, float factor, float inv_scale, int size, float* y, int at = 0) {
+  const V f = vset1(factor);
   for (int i = 0; i < size; i += kLanes) {
-    V v = vmul(vload(x + i), vset1(factor));
-    vstore(y + i, inv_scale > 0 ? vquantize(v, inv_scale) : v);
+    V v = vmul(vload(x + i), f);
+    if (inv_scale > 0) vstore_rounded(y, at + i, vquantize(v, inv_scale));
+    else vstore(y + at + i, v);
   }
 }
 

@@ -70,8 +70,8 @@ static void attention_decode(const Attention& a, const CacheView& cache, bool lo
   if (fp8) gemm_rows<kFp8>(v, v_group, D / kLanes, size / 2, x, num, result, D);
   else gemm_rows<kBf16>(v, v_group, D / kLanes, size / 2, x, num, result, D);
   for (int i = 0; i < num; ++i) {
-    float* to = out + (size_t)(tile.first + i / group) * width + (kv_head * group + i % group) * D;
-    quantize_row(result + (size_t)i * D, inv_sum[i] * (fp8 ? cache.v_scale * 256.0f : 1.0f), inv_out_scale, D, to);
+    const float factor = inv_sum[i] * (fp8 ? cache.v_scale * 256.0f : 1.0f);
+    quantize_row(result + (size_t)i * D, factor, inv_out_scale, D, out + (size_t)(tile.first + i / group) * width, (kv_head * group + i % group) * D);
   }
 }
 

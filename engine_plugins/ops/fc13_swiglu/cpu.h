@@ -17,7 +17,8 @@ static void fc13_swiglu(const Matrix& m, int index, int c0, int c1, const float*
       gemm_low_latency(m, index, 2 * c, 2, x + r, take, tile, 2 * kLanes);
       for (int i = 0; i < take; ++i) {
         V h = vmul(vsilu(vload(tile + i * 2 * kLanes)), vload(tile + i * 2 * kLanes + kLanes));
-        vstore(out[r + i] + c * kLanes, inv_scale > 0 ? vquantize(h, inv_scale) : h);
+        if (inv_scale > 0) vstore_rounded(out[r + i], c * kLanes, vquantize(h, inv_scale));
+        else vstore(out[r + i] + c * kLanes, h);
       }
     }
   }

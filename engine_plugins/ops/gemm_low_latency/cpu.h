@@ -10,36 +10,83 @@
 
 namespace KILOTOK_NAMESPACE {
 
+constexpr int kRounded = 2;  // FP8 weights whose rows are on the E4M3 grid too (vstore_rounded)
+
 template <int DT, int MR, int NG>
 KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const float* const* x, float* out, int ldo) {
-  constexpr int step = DT == kFp8 ? 32 : 64;
+  constexpr int step = DT == kBf16 ? 64 : 32;
   V acc[NG][MR];
   for (int g = 0; g < NG; ++g)
     for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
   for (int p = 0; p < pairs; ++p) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int g = 0; g < NG; ++g) {
       const uint8_t* at = w + g * group_bytes + (size_t)p * step;
       if (MR <= 4) _mm_prefetch((const char*)(at + 768), _MM_HINT_T0);
       V even, odd;
-      if (DT == kFp8) vdecode_fp8(at, even, odd);
-      else vdecode_bf16(at, even, odd);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[g][m] = vfma(vset1(x[m][2 * p]), even, acc[g][m]);
+      if (DT == kBf16) vdecode_bf16(at, even, odd);
+      else vdecode_fp8(at, even, odd);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[g][m] = vfma(vset1(x[m][2 * p + 1]), odd, acc[g][m]);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) acc[g][m] = vfma(vset1(x[m][2 * p]), even, acc[g][m]);
     }
   }
   for (int g = 0; g < NG; ++g)
     for (int m = 0; m < MR; ++m) vstore(out + m * ldo + g * kLanes, acc[g][m]);
 }
 
-template <int DT, int MR>
+#ifdef __AVX512BF16__
+template <int MR, int NG>
+KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_bytes, int pairs, const float* const* x, float* out,
+                        int ldo) {
+  V acc[NG][MR];
+  __m512bh first, second;
+#pragma GCC unroll 8
+  for (int g = 0; g < NG; ++g)
+    for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
+  int p = 0;
+  for (; p + 2 <= pairs; p += 2) {
+#pragma GCC unroll 8
+    for (int g = 0; g < NG; ++g) {
+      const uint8_t* at = w + g * group_bytes + (size_t)p * 32;
+      if (MR <= 4) _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+      vdecode_dot(tables, _mm512_loadu_si512(at), first, second);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p, first);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p + 1, second);
+    }
+  }
+  for (int g = 0; p < pairs && g < NG; ++g) {
+    vdecode_dot(tables, _mm512_maskz_loadu_epi64(0x0F, w + g * group_bytes + (size_t)p * 32), first, second);
+    for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p, first);
+  }
+  for (int g = 0; g < NG; ++g)
+    for (int m = 0; m < MR; ++m) vstore(out + m * ldo + g * kLanes, acc[g][m]);
+}
+#endif
+
+// As many groups side by side as registers hold: more independent sums hide the latency of the multiply.
+template <int DT, int MR, int NG>
 static void gemm_groups(const uint8_t* w, size_t group_bytes, int groups, int pairs, const float* const* x, float* out, int ldo) {
-  constexpr int NG = (kWide ? MR <= 8 : MR <= 2) ? 2 : 1;
   int g = 0;
-  for (; g + NG <= groups; g += NG) gemm_tile<DT, MR, NG>(w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
-  for (; g < groups; ++g) gemm_tile<DT, MR, 1>(w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
+#ifdef __AVX512BF16__
+  if constexpr (DT == kRounded) {
+    const DotTables tables = dot_tables();
+    for (; g + NG <= groups; g += NG) dot_tile<MR, NG>(tables, w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
+  }
+#endif
+  if constexpr (DT != kRounded || !kDot)
+    for (; g + NG <= groups; g += NG) gemm_tile<DT, MR, NG>(w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
+  if constexpr (NG > 1)
+    if (g < groups) gemm_groups<DT, MR, NG / 2>(w + g * group_bytes, group_bytes, groups - g, pairs, x, out + g * kLanes, ldo);
+}
+
+template <int DT, int MR>
+static void gemm_row_tile(const uint8_t* w, size_t group_bytes, int groups, int pairs, const float* const* x, float* out, int ldo) {
+  constexpr int dot = MR == 1 ? 8 : MR <= 4 ? 4 : 2, wide = MR <= 2 ? 4 : 2, narrow = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  gemm_groups<DT, MR, kDot && DT == kRounded ? dot : kWide ? wide : narrow>(w, group_bytes, groups, pairs, x, out, ldo);
 }
 
 // Raw sums (no scale) of `rows` rows (any number) for `groups` groups starting at w.
@@ -49,15 +96,15 @@ static void gemm_rows(const uint8_t* w, size_t group_bytes, int groups, int pair
   while (rows > 0) {
     int take = rows < kMaxTileRows ? rows : kMaxTileRows;
     switch (take) {
-      case 1: gemm_groups<DT, 1>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 2: gemm_groups<DT, 2>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 3: gemm_groups<DT, 3>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 4: gemm_groups<DT, 4>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 1: gemm_row_tile<DT, 1>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 2: gemm_row_tile<DT, 2>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 3: gemm_row_tile<DT, 3>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 4: gemm_row_tile<DT, 4>(w, group_bytes, groups, pairs, x, out, ldo); break;
 #ifdef __AVX512F__
-      case 5: gemm_groups<DT, 5>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 6: gemm_groups<DT, 6>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 7: gemm_groups<DT, 7>(w, group_bytes, groups, pairs, x, out, ldo); break;
-      case 8: gemm_groups<DT, 8>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 5: gemm_row_tile<DT, 5>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 6: gemm_row_tile<DT, 6>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 7: gemm_row_tile<DT, 7>(w, group_bytes, groups, pairs, x, out, ldo); break;
+      case 8: gemm_row_tile<DT, 8>(w, group_bytes, groups, pairs, x, out, ldo); break;
 #endif
       default: break;
     }
@@ -67,17 +114,19 @@ static void gemm_rows(const uint8_t* w, size_t group_bytes, int groups, int pair
   }
 }
 
-// y[m][0 .. 16*groups) = sum(x w) * scale for groups g0 .. g0+groups of one matrix of a stack.
-static void gemm_low_latency(const Matrix& m, int index, int g0, int groups, const float* const* x, int rows, float* out, int ldo) {
+// y[m][0 .. 16*groups) = sum(x w) * scale for groups g0, g0 + every, ... of one matrix of a stack.
+static void gemm_low_latency(const Matrix& m, int index, int g0, int groups, const float* const* x, int rows, float* out, int ldo,
+                             int every = 1) {
   const int pairs = m.k / 2;
-  const size_t group_bytes = (size_t)pairs * (m.dtype == kFp8 ? 32 : 64);
-  const uint8_t* w = m.data + ((size_t)index * (m.n / kLanes) + g0) * group_bytes;
-  if (m.dtype == kFp8) gemm_rows<kFp8>(w, group_bytes, groups, pairs, x, rows, out, ldo);
+  const size_t one_group = (size_t)pairs * (m.dtype == kFp8 ? 32 : 64), group_bytes = one_group * every;
+  const uint8_t* w = m.data + ((size_t)index * (m.n / kLanes) + g0) * one_group;
+  if (m.dtype == kFp8 && m.inv_input_scale > 0) gemm_rows<kRounded>(w, group_bytes, groups, pairs, x, rows, out, ldo);
+  else if (m.dtype == kFp8) gemm_rows<kFp8>(w, group_bytes, groups, pairs, x, rows, out, ldo);
   else gemm_rows<kBf16>(w, group_bytes, groups, pairs, x, rows, out, ldo);
   if (!m.scale) return;
   const float* scale = m.scale + (size_t)index * m.n + g0 * kLanes;
   for (int r = 0; r < rows; ++r)
-    for (int c = 0; c < groups * kLanes; c += kLanes) vstore(out + r * ldo + c, vmul(vload(out + r * ldo + c), vload(scale + c)));
+    for (int c = 0; c < groups * kLanes; c += kLanes) vstore(out + r * ldo + c, vmul(vload(out + r * ldo + c), vload(scale + c * every)));
 }
 
 }  // namespace KILOTOK_NAMESPACE

@@ -8,17 +8,17 @@
 
 namespace KILOTOK_NAMESPACE {
 
-// x rows are not rounded. Lowest index wins a tie. logits: [rows][n] scratch.
+static void choose_expert(const float* logits, int num_experts, int& expert, float& score) {
+  expert = 0;  // lowest index wins a tie
+  for (int e = 1; e < num_experts; ++e)
+    if (logits[e] > logits[expert]) expert = e;
+  score = 1.0f / (1.0f + expf(-logits[expert]));
+}
+
+// x rows are not rounded. logits: [rows][n] scratch.
 static void router(const Matrix& m, int num_experts, const float* const* x, int rows, float* logits, int* expert, float* score) {
   gemm_low_latency(m, 0, 0, m.n / kLanes, x, rows, logits, m.n);
-  for (int r = 0; r < rows; ++r) {
-    const float* row = logits + (size_t)r * m.n;
-    int best = 0;
-    for (int e = 1; e < num_experts; ++e)
-      if (row[e] > row[best]) best = e;
-    expert[r] = best;
-    score[r] = 1.0f / (1.0f + expf(-row[best]));
-  }
+  for (int r = 0; r < rows; ++r) choose_expert(logits + (size_t)r * m.n, num_experts, expert[r], score[r]);
 }
 
 }  // namespace KILOTOK_NAMESPACE

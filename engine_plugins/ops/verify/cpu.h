@@ -64,11 +64,13 @@ static int draw(const float* p, int size, double u) {
   return last;
 }
 
-// Writes accepted drafts and one more token to out; returns how many tokens. logits: [num_drafts + 1] rows of stride ldl.
+// Writes accepted drafts and one more token to out; returns how many tokens, 0 when the logits are not numbers. logits: [num_drafts + 1] rows of stride ldl.
 static int verify(Slot& s, const float* logits, int ldl, int vocab, const int32_t* from_target, int draft_vocab, float forced, int full,
                   float* p, int* order, int32_t* out) {
   const int k = s.num_drafts;
   int accepted = 0;
+  for (int row = 0; row <= k; ++row)
+    if (!(fabsf(logits[(size_t)row * ldl]) <= 3e38f)) return 0;  // a NaN or infinity in a hidden state reaches every logit
   if (forced > 0 && k > 0) {
     s.forced_debt += (forced - 1.0) * k / full;  // under load fewer are drafted, and fewer can be accepted
     accepted = std::min(k, (int)s.forced_debt);
