@@ -10,11 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flows.verbs import artifacts, bench, build, endpoint
+from flows.verbs import artifacts, bench, build, deployments, endpoint
 from flows.verbs.surface import surface
 from specs.errors import KilotokError
 
-THEMES = (build, endpoint, artifacts, bench)
+THEMES = (build, endpoint, deployments, artifacts, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,9 @@
-"""Verbs about what is served: deployments, reports, this machine. Imports are inside the verbs."""
+"""Verbs about serving and looking: a server, status, reports, this machine. Imports are inside the verbs."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from flows.verbs.surface import Surface, spec_name
@@ -22,8 +21,6 @@ def register(add: Surface) -> None:
     report_.add_argument("name", nargs="?", metavar="SPEC", help="path or name of a spec")
     report_.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two build ids")
     add("doctor", doctor, "check this machine: compiler, memory, disk, ports, GPU, Prefect", spec=False, as_json=True)
-    add("drain", drain, "finish what runs and stop the deployment of a spec")
-    add("rollback", rollback, "bring the previous deployment of a spec back")
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -73,22 +70,3 @@ def doctor(arguments: argparse.Namespace) -> int:
     checks = examine(Path(arguments.store))
     print(json.dumps(checks, indent=2) if arguments.as_json else to_text(checks))
     return 2 if any(check["state"] == "missing" for check in checks) else 0
-
-
-def drain(arguments: argparse.Namespace) -> int:
-    """Stop admitting, finish what runs, stop."""
-    from tasks.deployment import drain as drain_deployment
-    from tasks.store import open_store
-
-    stopped = drain_deployment(open_store(arguments.store), spec_name(arguments.spec) or "")
-    print(f"drained {arguments.spec}: stopped {stopped} process{'es' if stopped != 1 else ''}", file=sys.stderr)
-    return 0
-
-
-def rollback(arguments: argparse.Namespace) -> int:
-    """The previous slot becomes live again."""
-    from tasks.deployment import rollback as rollback_deployment
-    from tasks.store import open_store
-
-    print(rollback_deployment(open_store(arguments.store), spec_name(arguments.spec) or ""))
-    return 0

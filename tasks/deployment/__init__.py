@@ -1,8 +1,8 @@
-"""Deployments of this machine: start again, go back, drain, ask. The stages and the command line come in here.
+"""Deployments of this machine: start again, promote, go back, drain, ask. The stages and the command line come in here.
 
 It refuses to import a stage, and to trust a pid or a pointer without looking at the process.
 
-Run it: `kilotok status`, `kilotok rollback SPEC`, `kilotok drain SPEC`.
+Run it: `kilotok deployments`, `kilotok promote SPEC`, `kilotok rollback SPEC`, `kilotok drain SPEC`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specs.errors import InputError, StageFailed
+from specs.errors import GateFailed, InputError, StageFailed
 from tasks.deployment import slots
 from tasks.deployment.record import Record, is_locked, locked
 from tasks.deployment.steps import Deployment, OnStep, opened, silent
@@ -33,6 +33,25 @@ def ensure_running(deployment_json: Path, on_step: OnStep = silent) -> str:
 
 
 # For the command line: `store` is tasks.store's; deployments live in this machine's part of it.
+
+
+def promote_build(store: Any, name: str, build: str | None = None) -> str:
+    """Make a build's server the live one, starting it if it does not run; returns the public URL.
+
+    Raises GateFailed for a build that did not pass, InputError for one that there is not.
+    """
+    from tasks.status import build_record
+
+    record = build_record(store, build or name)
+    if record["spec"] != name:
+        raise InputError(f"build {record['build']} is of {record['spec']}", name, "name a build of this spec")
+    if record["verdict"] != "PASS":
+        what = f"the verdict of build {record['build']} is {record['verdict']}: nothing is promoted"
+        raise GateFailed(what, name, "read its report, or name a build that passed with --build")
+    uri = next(stage["uri"] for stage in record["stages"] if stage["stage"] == "deploy")
+    plan = load_plan(store.checkout(store.load(uri)) / "deployment.json")
+    with opened(Path(plan["store"]), name, plan) as deployment:
+        return deployment.promote(plan)
 
 
 def rollback(store: Any, name: str) -> str:
@@ -96,6 +115,27 @@ def status(store: Any, name: str) -> dict[str, Any] | None:
         "operation": operation,
         "events": data["events"][-5:],
     }
+
+
+def statuses(store: Any, name: str | None = None) -> list[dict[str, Any]]:
+    """`status` of one deployment or of all; empty when there is none."""
+    names = [entry.split("/")[-1] for entry in store.local.list_json("deployments")] if name is None else [name]
+    return [found for each in sorted(names) if (found := status(store, each))]
+
+
+def to_text(found: list[dict[str, Any]]) -> str:
+    """One line per deployment, one per slot that holds something."""
+    lines = []
+    for each in found:
+        lines.append(f"{each['name']:<34} {each['state']:<12} {each['url'] or '-'}")
+        for name, slot in each["slots"].items():
+            if slot["bundle"]:
+                mark = "live" if name == each["live"] else slot["state"]
+                up = slot["url"] if slot["up"] else "not running"
+                lines.append(f"  slot {name}  {mark:<10} bundle {slot['bundle'][:12]}  {up}  log {slot['log']}")
+        if each["previous"]:
+            lines.append(f"  rollback goes to bundle {each['previous'][:12]}")
+    return "\n".join(lines) or "no deployments"
 
 
 def _must_exist(store: Any, name: str) -> None:

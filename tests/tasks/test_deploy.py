@@ -35,6 +35,7 @@ class Bench:
     """A store, a public port, and toy bundles whose answers tell them apart."""
 
     backend = "native"
+    num_processes = 2  # keeper and server
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "store"
@@ -440,7 +441,7 @@ def kill_at_each(bench: Bench, load: Load, strategy: str, steps: list[str]) -> N
         assert bench.says() == new, step
         assert load.failures == [], step
         found = bench.status()
-        assert (found["state"], found["operation"], len(bench.pids())) == ("live", None, 2), step
+        assert (found["state"], found["operation"], len(bench.pids())) == ("live", None, bench.num_processes), step
 
 
 @pytest.mark.e2e

@@ -46,6 +46,7 @@ class TrtllmBench(Bench):
     """Bundles that the build_engine stage makes of a toy checkpoint."""
 
     backend = "trtllm"
+    num_processes = 3  # keeper, front and engine
 
     def bundle(self, name: str, engine: dict[str, Any] | None = None, **toy: Any) -> Path:
         folder = self.root.parent / f"bundle-{name}"
