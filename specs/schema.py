@@ -194,6 +194,12 @@ class Spec(Section):
 
     kilotok: Literal[1] = Field(description="Version of this schema: 1.")
     name: Annotated[str, rules.NAME] = Field(description="Name of the deployment, its lock and its nightly.")
+    hardware: str | None = Field(
+        None,
+        min_length=1,
+        description="What it will run on, for predictions: the name of a file in specs/hardware/, such as `b200`; "
+        "null takes this machine's CPU for the native engine.",
+    )
     model: Model = Field(description=Model.__doc__ or "")
     quantize: Quantize = Field(description=Quantize.__doc__ or "")
     draft: Draft = Field(description=Draft.__doc__ or "")

@@ -17,6 +17,8 @@ from specs.errors import KilotokError
 from specs.load import load_spec
 from specs.receipts import Receipt
 from specs.schema import Spec
+from tasks.predict.forecast import forecast
+from tasks.predict.records import learn
 from tasks.runner import StageEvent, run_stage
 from tasks.store import Store, open_store
 
@@ -33,6 +35,7 @@ class Build:
         self.started = time.time()
         self.receipts: dict[str, Receipt] = {}
         self.last_good: dict[str, Any] | None = store.read_json(f"last_good/{spec.name}")
+        self.forecast = forecast(spec, store)
 
     @classmethod
     def open(cls, spec_path: str, overrides: list[str], store_uri: str, listen: Listener, build_id: str = "") -> Build:
@@ -47,6 +50,7 @@ class Build:
             "receipts": [receipt.to_json() for receipt in self.receipts.values()],
             "last_good": self.last_good,
             "build": self.id,
+            "prediction": self.forecast,
         }
         try:
             receipt = run_stage(stage, self.spec, self.receipts, self.store, self.listen, extra=extra)
@@ -91,7 +95,9 @@ class Build:
             "error": error.to_dict() if error else None,
             "report": str(self.store.path(report) / "index.html") if report and report.state != "failed" else None,
             "endpoint": self.endpoint(),
+            "prediction": {name: self.forecast.get(name) for name in ("metrics", "stages", "unknown")},
         }
+        learn(self.store, record, self.forecast)
         self.store.write_json(f"builds/{self.spec.name}/{self.id}", record)
         if verdict == "PASS":
             self.store.write_json(f"last_good/{self.spec.name}", record)

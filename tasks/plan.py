@@ -1,4 +1,4 @@
-"""What a run would do, before anything runs: per stage hit or miss and why, bytes to move, disk needed.
+"""What a run would do, before anything runs: per stage hit or miss and why, time, bytes to move, disk and money needed.
 
 Refuses to read an artifact, or a data file it has seen before: manifests and stats are enough, so that an 800 GB store
 plans in the time of a small one. Run it: `kilotok plan SPEC`.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specs.errors import InputError
+from tasks.predict.forecast import spending
+from tasks.predict.shape import known_models, known_shape
 from tasks.stages import REGISTRY, Stage
 from tasks.store import Found, Store
 from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of, why_build
@@ -39,14 +41,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
+    """`forecast` is `tasks.predict.forecast.forecast`'s; {"unknown": why} where nothing can be predicted."""
+
     spec: str
     store: str
     rows: tuple[Row, ...]
     disk_free_bytes: int
+    forecast: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def disk_bytes(self) -> int:
         return sum(row.disk_bytes for row in self.rows)
+
+    @property
+    def move_bytes(self) -> int:
+        return sum(row.move_bytes for row in self.rows)
 
     @property
     def disk_is_short(self) -> bool:
@@ -56,20 +65,51 @@ class Plan:
     def all_cached(self) -> bool:
         return all(row.state == CACHED for row in self.rows)
 
+    @property
+    def spending(self) -> dict[str, Any] | None:
+        """Seconds, device-hours and money of what is not cached; None without a forecast."""
+        if "stages" not in self.forecast:
+            return None
+        return spending(self.forecast, [row.stage for row in self.rows if row.state != CACHED])
+
     def to_dict(self) -> dict[str, Any]:
-        totals = {"disk_bytes": self.disk_bytes, "disk_is_short": self.disk_is_short}
-        return {**asdict(self), "rows": [asdict(row) for row in self.rows], **totals}
+        totals = {"disk_bytes": self.disk_bytes, "disk_is_short": self.disk_is_short, "move_bytes": self.move_bytes}
+        rows = [{**asdict(row), "seconds": self._seconds(row)} for row in self.rows]
+        return {**asdict(self), "rows": rows, **totals, "spending": self.spending}
 
     def to_text(self) -> str:
-        """A table, then one line that says whether the disk holds it."""
+        """A table, one line that says whether the disk holds it, and what is predicted."""
         lines = [f"plan of {self.spec}, store {self.store}", ""]
         for row in self.rows:
             move = f"move {size_words(row.move_bytes)}" if row.move_bytes else ""
             disk = f"disk {size_words(row.disk_bytes)}" if row.disk_bytes else ""
-            lines.append(f"  {row.stage:<13} {row.state:<8} {move:<14} {disk:<14} {row.reason}".rstrip())
+            seconds = self._seconds(row)
+            time = f"~{time_words(seconds['predicted'])}" if seconds else ""
+            lines.append(f"  {row.stage:<13} {row.state:<8} {time:>8} {move:<14} {disk:<14} {row.reason}".rstrip())
         need, free = size_words(self.disk_bytes), size_words(self.disk_free_bytes)
         short = ": too little, free some (kilotok gc) or use another --store" if self.disk_is_short else ""
-        return "\n".join([*lines, "", f"  disk needed {need}, free {free}{short}"])
+        return "\n".join([*lines, "", f"  disk needed {need}, free {free}{short}", *self._forecast_lines()])
+
+    def _seconds(self, row: Row) -> dict[str, float] | None:
+        """Predicted seconds of a stage that would run, as {"predicted", "low", "high"}."""
+        return None if row.state == CACHED else (self.forecast.get("stages") or {}).get(row.stage)
+
+    def _forecast_lines(self) -> list[str]:
+        if not self.forecast:
+            return []
+        if "unknown" in self.forecast:
+            return [f"  prediction  none: {self.forecast['unknown']}"]
+        spent, metrics = self.spending or {}, self.forecast["metrics"]
+        user, us = metrics["latency.tps_per_user.p50"], metrics["cycle.us"]
+        cost = spent.get("cost")
+        money = f", {cost['value']:,.2f} {cost['currency']}" if cost else ", no price in the hardware file"
+        total = f"  in all      ~{time_words(spent['seconds'])}, {spent['device_hours']:.2f} device-hours{money}"
+        return [
+            *([] if self.all_cached else [total]),
+            f"  one user    {user['predicted']:,.0f} tokens/s predicted ({user['low']:,.0f} to {user['high']:,.0f}), "
+            f"cycle {us['predicted']:,.0f} us ({us['low']:,.0f} to {us['high']:,.0f})",
+            *(f"  physics     {verdict}" for verdict in self.forecast["targets"]),
+        ]
 
 
 def plan(
@@ -175,7 +215,11 @@ def _expected_bytes(stage: Stage, view: SpecView, record: Mapping[str, Any] | No
 
 
 def _locked_bytes(view: SpecView) -> int:
-    return sum(int(entry["size"]) for entry in (view.lock or {}).get("files", {}).values())
+    """Of the source; without a lock two bytes for each parameter of a model we know, else 0."""
+    if view.lock:
+        return sum(int(entry["size"]) for entry in view.lock["files"].values())
+    repository = str((view.tree.get("model") or {}).get("source", "")).partition("://")[2]
+    return 2 * known_shape(repository).total_params if repository in known_models() else 0
 
 
 def _free_bytes(folder: Path) -> int:
@@ -190,3 +234,10 @@ def size_words(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def time_words(seconds: float) -> str:
+    """8 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.verbs.surface import Surface
 from specs.errors import GateFailed, InputError, KilotokError, LockError
+
+if TYPE_CHECKING:
+    from specs.schema import Spec
+    from tasks.plan import Plan
 
 
 def register(add: Surface) -> None:
@@ -29,11 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
     from specs.load import load_spec
     from specs.lock import check_lock, read_lock
     from tasks.build import new_build_id
+    from tasks.predict.forecast import forecast
     from tasks.store import open_store
 
     spec = load_spec(Path(arguments.spec), arguments.overrides)  # before a server is started for a typo
     check_lock(spec, read_lock(spec))
     store, build_id = open_store(arguments.store), new_build_id()
+    forecast(spec, store)  # what cannot fit is refused here
     terminal = Terminal()
     terminal.say(f"[bold]kilotok[/] {spec.name}  build {build_id}")
     failure: KilotokError | None = None
@@ -60,33 +66,56 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Keys, hits, misses and reasons; stats files, reads none. A trtllm spec also shows how its server will be
-    started."""
+    """Keys, hits, misses, reasons and what is predicted; stats files, reads none. A trtllm spec also shows how its
+    server will be started. Exit 2 when it cannot run at all."""
     from specs.load import load_spec
     from specs.lock import check_lock, read_lock
     from tasks.plan import plan as make_plan
+    from tasks.predict.forecast import forecast
     from tasks.store import open_store
 
     spec = load_spec(Path(arguments.spec), arguments.overrides)
     found: dict[str, Any] = {"lock": "ok"}
+    lock = read_lock(spec)
     try:
-        check_lock(spec, read_lock(spec))
+        check_lock(spec, lock)
     except LockError as error:  # a plan is also for what cannot run yet
         found["lock"] = str(error)
-    planned = make_plan(spec, open_store(arguments.store))
+    store, refusal = open_store(arguments.store), None
+    planned = make_plan(spec, store)
+    try:
+        planned = replace(planned, forecast=forecast(spec, store, lock.size_bytes if lock else 0))
+    except InputError as error:  # the plan is shown, then refused
+        refusal, found["refused"] = error, str(error)
     text = planned.to_text() + (f"\n  lock {found['lock']}" if found["lock"] != "ok" else "")
     if spec.engine.backend == "trtllm":
-        from engine_plugins.trtllm.kernels import record_kernels
-        from engine_plugins.trtllm.render import render
-
-        kernels = [asdict(kernel) for kernel in record_kernels(spec)]
-        found["engine"] = {"rendered": render(spec).to_dict(), "kernels": kernels}
-        text += "\n\n  kernels of the record at this shape\n"
-        text += "\n".join(
-            f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels
-        )
+        more, found["engine"] = _launch(spec)
+        text += more
     print(json.dumps({**planned.to_dict(), **found}, indent=2) if arguments.as_json else text)
+    if refusal is None and planned.disk_is_short:
+        refusal = short_of_disk(planned)
+    if refusal is not None:
+        raise refusal
     return 0
+
+
+def short_of_disk(planned: Plan) -> InputError:
+    """The store's disk cannot hold what would be built."""
+    from tasks.plan import size_words
+
+    need, free = size_words(planned.disk_bytes), size_words(planned.disk_free_bytes)
+    return InputError(f"{need} of disk are needed, {free} are free", planned.store, "`kilotok gc`, or another --store")
+
+
+def _launch(spec: Spec) -> tuple[str, dict[str, Any]]:
+    """How TensorRT-LLM will be started, and which of the record's kernels run at this shape."""
+    from engine_plugins.trtllm.kernels import record_kernels
+    from engine_plugins.trtllm.render import render
+
+    kernels = [asdict(kernel) for kernel in record_kernels(spec)]
+    rows = [f"    {'runs    ' if row['runs'] else 'does not'} {row['name']:<28} {row['why']}" for row in kernels]
+    text = "\n".join(["", "", "  kernels of the record at this shape", *rows])
+    return text, {"rendered": render(spec).to_dict(), "kernels": kernels}
 
 
 def why(arguments: argparse.Namespace) -> int:

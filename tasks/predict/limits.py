@@ -1,0 +1,112 @@
+"""What cannot run, found before anything is spent, each with the nearest spec that can.
+
+Refuses to try: divisibility and memory are arithmetic. Run it: `kilotok plan SPEC`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from specs.errors import InputError
+from tasks.predict.cost import Setting, memory_gib_per_gpu
+from tasks.predict.hardware import Gpu
+from tasks.predict.shape import DraftShape, Shape
+from tasks.predict.throughput import USABLE
+
+Where = Callable[[str], str]
+
+
+def check(
+    gpu: Gpu, shape: Shape, draft: DraftShape | None, setting: Setting, engine: dict[str, Any], where: Where
+) -> None:
+    """Raise InputError for the first thing that cannot be. `engine` is the spec's section, `where` finds its keys."""
+    _check_devices(gpu, setting, where)
+    _check_heads(gpu, shape, setting, where)
+    _check_experts(shape, setting, where)
+    _check_memory(gpu, shape, draft, setting, engine, where)
+
+
+def divides(shape: Shape, tensor_parallel: int) -> bool:
+    """Whether every GPU gets whole query heads, KV heads (or one shared by several GPUs) and rows of each MLP."""
+    kv = shape.kv_heads % tensor_parallel == 0 or tensor_parallel % shape.kv_heads == 0
+    widths = [width for width in (shape.ffn_dense, shape.ffn_expert) if width]
+    return shape.q_heads % tensor_parallel == 0 and kv and not any(width % tensor_parallel for width in widths)
+
+
+def _nearest(wanted: int, allowed: list[int]) -> int:
+    return min(allowed, key=lambda value: (abs(value - wanted), -value))
+
+
+def _check_devices(gpu: Gpu, setting: Setting, where: Where) -> None:
+    if setting.tensor_parallel > gpu.devices:
+        raise InputError(
+            f"tensor_parallel {setting.tensor_parallel} on {gpu.devices} x {gpu.name}",
+            where("engine.tensor_parallel"),
+            f"use tensor_parallel: {gpu.devices}, or hardware with more GPUs",
+        )
+
+
+def _check_heads(gpu: Gpu, shape: Shape, setting: Setting, where: Where) -> None:
+    tp = setting.tensor_parallel
+    if setting.attention_dp or divides(shape, tp):
+        return
+    near = _nearest(tp, [value for value in range(1, gpu.devices + 1) if divides(shape, value)])
+    raise InputError(
+        f"tensor_parallel {tp} does not divide {shape.q_heads} query heads, {shape.kv_heads} KV heads and the MLP",
+        where("engine.tensor_parallel"),
+        f"use tensor_parallel: {near}",
+    )
+
+
+def _check_experts(shape: Shape, setting: Setting, where: Where) -> None:
+    ep = setting.expert_parallel
+    if ep == 1:
+        return
+    if not shape.experts:
+        raise InputError(
+            f"expert_parallel {ep} for a model without experts", where("engine.expert_parallel"),
+            "use expert_parallel: 1",
+        )  # fmt: skip
+    if shape.experts % ep:
+        tp = setting.tensor_parallel
+        near = _nearest(ep, [value for value in range(1, tp + 1) if tp % value == 0 and shape.experts % value == 0])
+        raise InputError(
+            f"expert_parallel {ep} does not divide {shape.experts} experts", where("engine.expert_parallel"),
+            f"use expert_parallel: {near}",
+        )  # fmt: skip
+
+
+def _check_memory(
+    gpu: Gpu, shape: Shape, draft: DraftShape | None, setting: Setting, engine: dict[str, Any], where: Where
+) -> None:
+    length, requests = engine["max_seq_len"], engine["max_batch_size"]
+    paged = engine["backend"] == "trtllm"  # takes what is left; must hold one whole request
+    dp = setting.tensor_parallel if setting.attention_dp else 1
+
+    def need(tp: int = setting.tensor_parallel, batch: int = requests, tokens: int = length) -> float:
+        held = replace(setting, tensor_parallel=tp, batch=dp if paged else batch)
+        return memory_gib_per_gpu(shape, draft, held, tokens)["total"]
+
+    limit = USABLE * gpu.memory_gib
+    if need() <= limit:
+        return
+    wider = [
+        tp for tp in range(setting.tensor_parallel + 1, gpu.devices + 1) if divides(shape, tp) and need(tp) <= limit
+    ]
+    smaller = [batch for batch in range(requests - 1, 0, -1) if need(batch=batch) <= limit]
+    shorter = next((2**power for power in range(20, 8, -1) if 2**power < length and need(tokens=2**power) <= limit), 0)
+    if not paged and smaller:
+        fix, key = f"use max_batch_size: {smaller[0]}", "engine.max_batch_size"
+    elif shorter:
+        fix, key = f"use max_seq_len: {shorter}", "engine.max_seq_len"
+    elif wider:
+        fix, key = f"use tensor_parallel: {wider[0]}", "engine.tensor_parallel"
+    else:
+        fix, key = f"nothing smaller fits; weights alone take {need(tokens=0):.0f} GiB: use other hardware", "hardware"
+    raise InputError(
+        f"{need():.1f} GiB per GPU are needed, {limit:.1f} of {gpu.memory_gib:.0f} are usable on {gpu.name}",
+        where(key),
+        fix,
+    )
