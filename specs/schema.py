@@ -187,6 +187,22 @@ class Nightly(Section):
     cron: Annotated[str, rules.CRON] = Field(description="Five cron fields: minute hour day month weekday.")
     timezone: Annotated[str, rules.TIMEZONE] = Field("UTC", description="IANA time zone of the schedule.")
     work_pool: str = Field("kilotok", min_length=1, description="Prefect work pool that runs it.")
+    probes: int = measured(
+        2, "runs", "Measurements of what is live, each night; two or more give the noise, 0 measures nothing.", ge=0
+    )
+    refresh_draft: Literal["never", "drift", "always"] = Field(
+        "never",
+        description="When the draft is trained anew, from another seed, though nothing changed: never, once for each "
+        "lasting drop of acceptance, or every night. The gates decide which of the two stays.",
+    )
+    commit_status: str | None = Field(
+        None,
+        pattern=r"https?://.*\{commit\}.*",
+        description="URL that is told the outcome, as GitHub's commit status API is; `{commit}` stands for the commit.",
+    )
+    token: Annotated[str, rules.SECRET_REFERENCE] | None = Field(
+        None, description="Token for `commit_status`, as a reference."
+    )
 
 
 class Spec(Section):

@@ -23,18 +23,56 @@ SHOWN = (
     "accuracy.difference",
     "baseline.tps_per_user.p50",
 )
+LIVE = ("latency.tps_per_user.p50", "acceptance.length", "cycle.us")
+BADGES = {"unchanged": "PASS", "promoted": "PASS", "running": "FIRST"}  # of a night's state, in the report's colours
 LIMIT = 60  # builds; two months of nights
 
 
-def render(records: Sequence[Mapping[str, Any]]) -> str:
-    """The page. `records` are build records (`kilotok run --json`) in any order."""
+def render(records: Sequence[Mapping[str, Any]], nights: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page. `records` are build records (`kilotok run --json`), `nights` the nightly's own, in any order."""
     builds = sorted(records, key=lambda record: str(record.get("build")))[-LIMIT:]
     present = {name for record in builds for name in record.get("metrics") or {}}
     extra = sorted(name for name in present if name.startswith("acceptance.length."))
     trends = [_trend(name, builds) for name in (*SHOWN, *extra) if name in present]
     spec = str(builds[-1].get("spec")) if builds else "no build"
     rows = [_build_row(record) for record in reversed(builds)]
-    return environment().get_template("history.html.jinja").render(spec=spec, trends=trends, builds=rows)
+    ordered = sorted(nights, key=lambda record: str(record.get("night")))[-LIMIT:]
+    shown = [_night_row(record) for record in reversed(ordered)]
+    spec = str(ordered[-1].get("spec")) if ordered and not builds else spec
+    live = [_live(record) for record in ordered]
+    trends += [{**_trend(name, live), "label": f"{meaning(name).label}, live"} for name in LIVE if _has(live, name)]
+    page = environment().get_template("history.html.jinja")
+    return page.render(spec=spec, trends=trends, builds=rows, nights=shown)
+
+
+def _live(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A night's probe as a record with one figure each: the mean of its runs."""
+    runs = record.get("probes") or []
+    names = set.intersection(*(set(run) for run in runs)) if runs else set()
+    return {"metrics": {name: sum(run[name] for run in runs) / len(runs) for name in names}}
+
+
+def _has(records: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(name in record["metrics"] for record in records)
+
+
+def _night_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    findings = [
+        {"text": str(finding["text"]), "alarm": bool(finding["alarm"]), "why": str(finding.get("why") or "")}
+        for finding in record.get("findings") or []
+    ]
+    return {
+        "night": str(record.get("night") or ""),
+        "started": str(record.get("started") or ""),
+        "state": str(record.get("state") or ""),
+        "badge": BADGES.get(str(record.get("state")), "FAIL"),
+        "seconds": as_number(record.get("seconds")),
+        "commit": str((record.get("git") or {}).get("commit") or "")[:10],
+        "summary": str(record.get("summary") or ""),
+        "findings": findings,
+        "drift": list((record.get("drift") or {}).get("what") or []),
+        "moved": (record.get("drift") or {}).get("state") == "moved",
+    }
 
 
 def _trend(name: str, builds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

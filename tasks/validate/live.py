@@ -1,0 +1,69 @@
+"""Measure what is live, again and again: the same prompts, one user, nothing built and nothing changed between runs.
+
+Two runs of the same thing that differ show the noise (an A/A test); a night that differs from the nights before shows
+that the machine changed under a build that did not. Refuses to judge, and to measure accuracy: greedy answers of an
+unchanged build do not change.
+Run it: by the nightly flow (`nightly.probes` in the spec), or `python -m tasks.validate.live SPEC RUNS`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.job import Job, Progress
+
+if TYPE_CHECKING:
+    from specs.schema import Spec
+
+
+def measure_live(spec: Spec, checkpoint: Path, base_url: str, runs: int, workdir: Path) -> list[dict[str, float]]:
+    """Metrics of each run: `latency.*`, `cycle.*` and `acceptance.*` of one user, as in validate.
+
+    `checkpoint` has the tokenizer. Raises NetworkError when the endpoint does not answer.
+    """
+    from specs.lock import read_lock
+    from tasks.validate import _Validation
+
+    lock = read_lock(spec)
+    tree: dict[str, Any] = spec.to_dict()
+    inputs = {"download": checkpoint}
+    job = Job("validate", tree, spec.root, inputs, workdir, lock.to_dict() if lock else None)
+    workdir.mkdir(parents=True, exist_ok=True)
+    measuring = _Validation(job, Progress())
+    endpoint = measuring.endpoint(base_url)
+    measuring.warm_up(endpoint)
+    return [_once(measuring, endpoint) for _ in range(runs)]
+
+
+def _once(measuring: Any, endpoint: Any) -> dict[str, float]:
+    from tasks.validate.acceptance import acceptance_frame, acceptance_metrics
+    from tasks.validate.load import one_in_flight
+    from tasks.validate.profiles import integrity_metrics, latency_metrics
+    from tasks.validate.waterfall import cycle_metrics, waterfall
+
+    before = measuring.counters(endpoint)
+    rows = one_in_flight(endpoint, measuring.asks)
+    made = waterfall(before, measuring.counters(endpoint), rows)
+    usages = [(row["domain"], row) for row in rows if row["ok"]]
+    found = latency_metrics(rows) | cycle_metrics(made) | integrity_metrics(rows)
+    found |= acceptance_metrics(acceptance_frame(usages, measuring.draft_tokens))
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def main() -> int:
+    """Print one JSON line per run of the live deployment of a spec in the default store."""
+    from specs.load import load_spec
+    from tasks.nightly.probe import probe
+    from tasks.store import open_store
+
+    for metrics in probe(load_spec(Path(sys.argv[1]), []), open_store(), int(sys.argv[2])):
+        print(json.dumps(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
