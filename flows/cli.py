@@ -10,11 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from flows.verbs import artifacts, bench, build, deployments, endpoint, predict
+from flows.verbs import artifacts, bench, build, deployments, endpoint, nightly, predict
 from flows.verbs.surface import surface
 from specs.errors import KilotokError
 
-THEMES = (build, predict, endpoint, deployments, artifacts, bench)
+THEMES = (build, predict, nightly, endpoint, deployments, artifacts, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,7 +50,9 @@ def history(arguments: argparse.Namespace) -> int:
         wanted = (arguments.metric,) if arguments.metric else HEADLINE
         measured = past.metrics_of(table, name)
         if arguments.metric and arguments.metric not in measured:
-            raise InputError(f"{arguments.metric} was never measured", name, f"measured: {', '.join(measured[:12])}, ...")
+            raise InputError(
+                f"{arguments.metric} was never measured", name, f"measured: {', '.join(measured[:12])}, ..."
+            )
         nights = past.rows(table, name, arguments.last)
         points = {
             metric: {source: past.series(table, name, metric, source) for source in ("build", "live")}

@@ -1,8 +1,8 @@
-"""Write prefect.yaml from the specs, so that a spec and its deployment cannot drift; a test holds the file in step.
+"""Write prefect.yaml from the specs, so that a spec and its deployments cannot drift; a test holds the file in step.
 
-One `rebuild/<spec>` for every spec, with its nightly schedule. A spec without `nightly` keeps an inactive
-schedule, because
-Prefect leaves an old schedule running when it disappears from the file.
+`rebuild/<spec>` for every spec, run when asked; `nightly/<spec>` for each with a `nightly:` section, run by its cron.
+Code is pulled from Git by branch at every run, into a folder that stays: a live server runs from it. Where from and
+where to are read from the environment when deploying; `setup.py` fills in what is not set.
 Run it after adding or renaming a spec: `python infra/prefect/deployments.py --write`.
 """
 
@@ -10,49 +10,61 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from specs.load import load_spec
+from specs.schema import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = """\
 # Written by `python infra/prefect/deployments.py --write` from specs/*.yaml; a test holds it in step.
-# Deploy: `python infra/prefect/setup.py` once (pools, automations), then `prefect --no-prompt deploy --all`.
-# On another machine than this checkout, replace the pull step by git_clone (docs/operations.md).
+# Deploy: `python infra/prefect/setup.py`, which is idempotent. It sets KILOTOK_REPOSITORY, KILOTOK_BRANCH, KILOTOK_HOME
+# and KILOTOK_STORE where they are not set, creates pools and automations, runs `prefect deploy --all`, and prunes.
 """
 DEFAULT_POOL = "orchestrator"
 
 
 def render(specs: list[Path]) -> str:
     """The whole file as text."""
+    clone = {
+        "repository": "{{ $KILOTOK_REPOSITORY }}",
+        "branch": "{{ $KILOTOK_BRANCH }}",
+        "clone_directory_name": "checkout",  # never the store: a broken pull deletes the clone and clones again
+    }
     document = {
         "name": "kilotok",
-        "pull": [{"prefect.deployments.steps.set_working_directory": {"directory": "{{ $PWD }}"}}],
-        "deployments": [deployment(path) for path in sorted(specs)],
+        "pull": [{"prefect.deployments.steps.git_clone": clone}],
+        "deployments": [entry for path in sorted(specs) for entry in deployments(path)],
     }
     return HEADER + yaml.safe_dump(document, sort_keys=False, width=120)
 
 
-def deployment(path: Path) -> dict[str, object]:
-    """One spec's entry."""
+def deployments(path: Path) -> list[dict[str, Any]]:
+    """One spec's entries."""
     spec = load_spec(path, [])
-    nightly = spec.nightly
-    schedule = {
-        "cron": nightly.cron if nightly else "0 2 * * *",
-        "timezone": nightly.timezone if nightly else "UTC",
-        "slug": "nightly",
-        "active": nightly is not None,
-    }
+    text = f"Rebuild what changed of specs/{path.name}, measure it, promote it if every gate passes."
+    found = [entry(path, spec, "rebuild", text)]
+    if spec.nightly:
+        text = f"The night of specs/{path.name}: drift, rebuild, gates, A/A runs, regressions and their causes."
+        schedule = {"cron": spec.nightly.cron, "timezone": spec.nightly.timezone, "slug": "nightly", "active": True}
+        found.append({**entry(path, spec, "nightly", text), "schedules": [schedule]})
+    return found
+
+
+def entry(path: Path, spec: Spec, flow: str, description: str) -> dict[str, Any]:
+    """What the two have in common."""
+    pool = spec.nightly.work_pool if spec.nightly else DEFAULT_POOL
     return {
         "name": spec.name,
-        "entrypoint": "flows/rebuild.py:rebuild",
-        "description": f"Rebuild what changed of specs/{path.name}, measure it, promote it if every gate passes.",
-        "tags": ["kilotok", spec.engine.backend],
-        "parameters": {"spec": f"specs/{path.name}"},
-        "work_pool": {"name": nightly.work_pool if nightly else DEFAULT_POOL},
+        "entrypoint": f"flows/{flow}.py:{flow}",
+        "description": description,
+        "tags": ["kilotok", flow, spec.engine.backend],
+        "parameters": {"spec": f"specs/{path.name}", "store": "{{ $KILOTOK_STORE }}"},
+        "work_pool": {"name": pool, "job_variables": {"working_dir": "{{ $KILOTOK_HOME }}"}},
         "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
-        "schedules": [schedule],
+        "schedules": [],
     }
 
 

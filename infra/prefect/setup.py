@@ -1,65 +1,178 @@
-"""What a Prefect server needs once before `prefect deploy --all`: work pools and the zombie automation. Idempotent.
+"""Everything a Prefect server needs to run nights, in one idempotent command: pools, deployments, automations, pruning.
 
-The zombie automation marks a run Crashed when its heartbeats stop, because a worker that is killed leaves its
-run Running for
-ever. Also prunes deployments whose spec has left Git: Prefect never does. Refuses to start servers or workers.
+Prefect deploys but never prunes: deployments and schedules that left prefect.yaml are deleted here. Its runs outlive a
+dead worker as Running: the zombie automation marks them Crashed. Who is to be told is named in the environment, once,
+and becomes a Prefect block: KILOTOK_SLACK_WEBHOOK, KILOTOK_WEBHOOK (any that takes JSON), or KILOTOK_SENDGRID_KEY with
+KILOTOK_EMAIL_FROM and KILOTOK_EMAIL_TO. Refuses to start servers or workers, and to put a secret into a parameter.
 Run it: `python infra/prefect/setup.py` with PREFECT_API_URL set.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import yaml
 from prefect.automations import Automation
-from prefect.client.orchestration import get_client
+from prefect.blocks.notifications import CustomWebhookNotificationBlock, SendgridEmail, SlackWebhook
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState
+from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 
 ROOT = Path(__file__).resolve().parents[2]
-ZOMBIES = "kilotok: crash runs without heartbeat"
 # The default heartbeat is every 180 s: a shorter window would declare healthy runs dead.
 WINDOW = timedelta(minutes=10)
+OURS = "kilotok: "  # how our automations are known again
+ENDED_BADLY = ("Failed", "Kept", "Crashed", "TimedOut", "Late")
 
 
-async def main() -> None:
-    """Pools, automation, pruning; prints one line for each thing it changed."""
+def main() -> int:
+    """Prints one line for each thing it changed."""
     declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    asyncio.run(make_pools(declared))
+    deploy()
+    asyncio.run(prune(declared))
+    asyncio.run(make_automations())
+    return 0
+
+
+async def make_pools(declared: list[dict[str, Any]]) -> None:
+    """A process pool for each name in prefect.yaml, and one for what runs anywhere."""
     async with get_client() as client:
-        for pool in sorted({entry["work_pool"]["name"] for entry in declared}):
+        for pool in sorted({"orchestrator", *(entry["work_pool"]["name"] for entry in declared)}):
             try:
                 await client.read_work_pool(pool)
             except ObjectNotFound:
                 await client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
                 print(f"created work pool {pool}")
-        wanted = {entry["name"] for entry in declared}
+
+
+def deploy() -> None:
+    """`prefect deploy --all`, with this checkout's origin and branch unless the environment says otherwise."""
+    home = ROOT / ".kilotok"
+    defaults = {
+        "KILOTOK_REPOSITORY": _git("remote", "get-url", "origin") or ROOT.as_uri(),
+        "KILOTOK_BRANCH": _git("branch", "--show-current") or "main",
+        "KILOTOK_HOME": str(home / "nightly"),
+        "KILOTOK_STORE": str(home / "store"),
+    }
+    env = {**defaults, **os.environ}
+    if env["KILOTOK_HOME"] == defaults["KILOTOK_HOME"]:
+        Path(env["KILOTOK_HOME"]).mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"prefect deploy failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    print("deployed from " + ", ".join(f"{name}={env[name]}" for name in defaults))
+
+
+async def prune(declared: list[dict[str, Any]]) -> None:
+    """Delete deployments and schedules of ours that prefect.yaml no longer has."""
+    wanted = {(entry["entrypoint"].rpartition(":")[2], entry["name"]): entry for entry in declared}
+    async with get_client() as client:
         for found in await client.read_deployments():
-            if "kilotok" in found.tags and found.name not in wanted:
+            if "kilotok" not in found.tags:
+                continue
+            flow = (await client.read_flow(found.flow_id)).name
+            entry = wanted.get((flow, found.name))
+            if entry is None:
                 await client.delete_deployment(found.id)
-                print(f"pruned deployment {found.name}: no such spec")
-        if not await client.read_automations_by_name(ZOMBIES):
-            await zombie_automation().acreate()
-            print(f"created automation {ZOMBIES!r}")
+                print(f"pruned deployment {flow}/{found.name}: no such spec")
+                continue
+            slugs = {schedule["slug"] for schedule in entry.get("schedules") or ()}
+            for schedule in found.schedules:
+                if schedule.slug not in slugs:
+                    await client.delete_deployment_schedule(found.id, schedule.id)
+                    print(f"pruned a schedule of {flow}/{found.name}: not in prefect.yaml")
 
 
-def zombie_automation() -> Automation:
+async def make_automations() -> None:
+    """Zombies, and for each block two: a run that ended badly or is late, and a figure that got worse."""
+    wanted = [zombies()]
+    for kind, block in blocks():
+        wanted += list(telling(kind, UUID(str(await block.save(f"kilotok-{kind}", overwrite=True)))))
+    async with get_client() as client:
+        for automation in wanted:
+            await replace(client, automation)
+
+
+async def replace(client: PrefectClient, automation: Automation) -> None:
+    """Create it, or create it anew when what is there says something else."""
+    for there in await client.read_automations_by_name(automation.name):
+        if (there.trigger, there.actions) == (automation.trigger, automation.actions):
+            return
+        await client.delete_automation(there.id)
+    await automation.acreate()
+    print(f"created automation {automation.name!r}")
+
+
+def blocks() -> Iterator[tuple[str, Any]]:
+    """Who is told: a block for each channel that the environment names."""
+    env = os.environ
+    if url := env.get("KILOTOK_SLACK_WEBHOOK"):
+        yield "slack", SlackWebhook(url=url)
+    if url := env.get("KILOTOK_WEBHOOK"):
+        text = {"text": "{{subject}}\n{{body}}"}
+        yield "webhook", CustomWebhookNotificationBlock(name="kilotok", url=url, json_data=text)
+    if key := env.get("KILOTOK_SENDGRID_KEY"):
+        people = env["KILOTOK_EMAIL_TO"].split(",")
+        yield "email", SendgridEmail(api_key=key, sender_email=env["KILOTOK_EMAIL_FROM"], to_emails=people)
+
+
+def telling(kind: str, block: UUID) -> Iterator[Automation]:
+    """State and message only: a run's parameters are for the server's own page."""
+    ours = {"prefect.resource.id": "prefect.tag.kilotok", "prefect.resource.role": "tag"}
+    bad = EventTrigger(
+        expect={f"prefect.flow-run.{state}" for state in ENDED_BADLY},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=ours,
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    subject = "{{ flow.name }}/{{ deployment.name }}: {{ flow_run.state.name }}"
+    body = "{{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
+    yield Automation(
+        name=f"{OURS}tell {kind} of failed, crashed and late runs",
+        trigger=bad,
+        actions=[SendNotification(block_document_id=block, subject=subject, body=body)],
+    )
+    worse = EventTrigger(
+        expect={"kilotok.night.regressed"},
+        match={"prefect.resource.id": "kilotok.spec.*"},
+        posture=Posture.Reactive,
+        threshold=1,
+    )
+    yield Automation(
+        name=f"{OURS}tell {kind} of regressions",
+        trigger=worse,
+        actions=[
+            SendNotification(
+                block_document_id=block,
+                subject="{{ event.resource.id }}: regressed",
+                body="{{ event.payload.summary }}",
+            )
+        ],
+    )
+
+
+def zombies() -> Automation:
     """Heartbeat seen, then neither heartbeat nor end for WINDOW: Crashed."""
+    ends = ("heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Unchanged", "Promoted", "Kept")
     return Automation(
-        name=ZOMBIES,
+        name=f"{OURS}crash runs without heartbeat",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
-            expect={
-                "prefect.flow-run.heartbeat",
-                "prefect.flow-run.Completed",
-                "prefect.flow-run.Failed",
-                "prefect.flow-run.Cancelled",
-                "prefect.flow-run.Crashed",
-            },
+            expect={f"prefect.flow-run.{name}" for name in ends},
             match={"prefect.resource.id": ["prefect.flow-run.*"]},
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
@@ -74,5 +187,10 @@ def zombie_automation() -> Automation:
     )
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(main())

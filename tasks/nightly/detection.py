@@ -17,7 +17,7 @@ from typing import Any
 
 MIN_BEFORE, MIN_AFTER = 6, 2  # nights of the old level and of the new one
 WINDOW = 60  # nights looked at: two months
-PENALTY = 16.0  # of one more change point, in squared noise; the test simulates what it costs in false alarms
+PENALTY = 20.0  # of one more change point, in squared noise; the test simulates what it costs in false alarms
 NOISE_AT_LEAST = 0.001  # greedy figures repeat exactly; without a floor any change of them would be infinite
 WORTH_TELLING = 0.01  # 1 %, or a point of a share: smaller steps are recorded by the history, not told
 CONFIDENCE = 0.99

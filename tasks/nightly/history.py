@@ -191,5 +191,24 @@ def to_text(nights: Sequence[Mapping[str, Any]], points: Mapping[str, Sequence[P
     return "\n".join(lines)
 
 
+def overview(nights: Sequence[Mapping[str, Any]], points: Mapping[str, Mapping[str, Sequence[Point]]]) -> str:
+    """The headline figures as one line each, then the nights."""
+    lines = []
+    for metric, by_source in points.items():
+        for source, found in by_source.items():
+            by_night = {point.night: point.value for point in found}
+            if by_night:
+                line = sparkline(by_night.get(row["night"]) for row in nights)
+                lines.append(f"  {metric:<26} {source:<6} {line}  now {found[-1].value:.6g}")
+    lines += [f"  {row['night']:<24} {row['state']:<12} {row['summary']}".rstrip() for row in nights]
+    return "\n".join(lines)
+
+
+def last_line(table: sqlite3.Connection, spec: str) -> str:
+    """The newest night of a spec in one line."""
+    (row,) = rows(table, spec, 1)
+    return f"{spec:<32} {row['night']:<24} {row['state']:<12} {row['summary'] or row['verdict'] or ''}".rstrip()
+
+
 def table_path(store: Store) -> Path:
     return store.local.root / FILE
