@@ -122,8 +122,8 @@ def blocks() -> Iterator[tuple[str, Any]]:
     if url := env.get("KILOTOK_SLACK_WEBHOOK"):
         yield "slack", SlackWebhook(url=url)
     if url := env.get("KILOTOK_WEBHOOK"):
-        text = {"text": "{{subject}}\n{{body}}"}
-        yield "webhook", CustomWebhookNotificationBlock(name="kilotok", url=url, json_data=text)
+        text, secret = {"text": "{{subject}}\n{{body}}"}, {"url": url}  # a webhook's address is its password
+        yield "webhook", CustomWebhookNotificationBlock(name="kilotok", url="{{url}}", json_data=text, secrets=secret)
     if key := env.get("KILOTOK_SENDGRID_KEY"):
         people = env["KILOTOK_EMAIL_TO"].split(",")
         yield "email", SendgridEmail(api_key=key, sender_email=env["KILOTOK_EMAIL_FROM"], to_emails=people)
@@ -165,8 +165,8 @@ def telling(kind: str, block: UUID) -> Iterator[Automation]:
     )
 
 
-def zombies() -> Automation:
-    """Heartbeat seen, then neither heartbeat nor end for WINDOW: Crashed."""
+def zombies(window: timedelta = WINDOW) -> Automation:
+    """Heartbeat seen, then neither heartbeat nor end for as long as the window: Crashed."""
     ends = ("heartbeat", "Completed", "Failed", "Cancelled", "Crashed", "Unchanged", "Promoted", "Kept")
     return Automation(
         name=f"{OURS}crash runs without heartbeat",
@@ -177,11 +177,11 @@ def zombies() -> Automation:
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
-            within=WINDOW,
+            within=window,
         ),
         actions=[
             ChangeFlowRunState(
-                state=StateType.CRASHED, message="no heartbeat for 10 minutes: the worker or its machine died"
+                state=StateType.CRASHED, message=f"no heartbeat for {window}: the worker or its machine died"
             )
         ],
     )

@@ -52,7 +52,7 @@ class Story:
         """A real change whose night is killed in the middle of a stage, as when the machine goes down."""
         self.repository.edit("specs/toy.yaml", "{epochs: 4}", "{epochs: 5}")
         self.repository.commit("train longer")
-        process = self.repository.start(number, TOY_ACT="hang")
+        process = self.repository.start(number, TOY_HANG=str(self.repository.spec))  # a file that is there
         log = self.repository.path.parent / "store" / "logs"
         deadline = time.monotonic() + 200
         while not list(log.glob("train_draft-*.json")) or len(list(log.glob("train_draft-*.json"))) < 3:

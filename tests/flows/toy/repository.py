@@ -1,7 +1,7 @@
 """The toy repository: the tracked files of ours with toy stages, as a Git repository of its own, and nights in it.
 
 A night is a process that runs the real flow on a real Prefect server; the test says which night it is, so it drives the
-clock. Used by test_twenty_nights.py and test_bisect.py.
+clock. Used by test_twenty_nights.py and test_worker.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.job import Progress
 from tests.flows.toy import stages
 
 ROOT = Path(__file__).resolve().parents[3]
-COPIED = ("specs/*.py", "tasks", "flows", "engine_plugins/__init__.py", "engine_plugins/contract.py", "pyproject.toml")
+COPIED = ("specs/*.py", "tasks", "flows", "engine_plugins/*.py", "pyproject.toml", "prefect.toml", "infra/prefect")
 NIGHT = "import sys; from flows.nightly import nightly; nightly(*sys.argv[1:], return_state=True)"
 
 
@@ -43,7 +43,7 @@ class Repository:
         self.write("model/config.json", "{}")
         self.write("model/tokenizer.json", '"hello world"')
         self.write("model/model.safetensors", "weights")
-        self.write(".gitignore", "noise.json\n__pycache__\n.kilotok\n")
+        self.write(".gitignore", "__pycache__\n.kilotok\n")
         self.write("noise.json", json.dumps(noise))
         self.lock()
         self.git("init", "-q", "-b", "main")

@@ -1,7 +1,7 @@
 """Toy stages, written over the real ones in the toy repository; each file below is one module.
 
 They compute figures instead of measuring them, so that a fault has a known size: the engine's cycle time is a constant
-of its code, the draft's quality follows from the spec. Acts: TOY_ACT=hang makes train_draft wait to be killed.
+of its code, the draft's quality follows from the spec. Acts: train_draft waits while the file TOY_HANG is there.
 """
 
 QUANTIZE = '''
@@ -24,7 +24,7 @@ TRAIN_DRAFT = '''
 """Toy: more epochs, longer acceptance."""
 import json, os, time
 def build(job, progress):
-    while os.environ.get("TOY_ACT") == "hang":
+    while os.path.exists(os.environ.get("TOY_HANG", "")):
         progress(1, 2, "hanging")
         time.sleep(0.05)
     training = job.spec["draft"]["training"]
