@@ -54,9 +54,13 @@ def check(path: Path, store: Store, locked: bool = True) -> Checked:
     if spec.name != path.stem:
         result.wrong.append(f"the spec is named {spec.name}, its file {path.stem}: give both the same name")
     try:
-        check_lock(spec, read_lock(spec))
+        lock = read_lock(spec)
+        if lock is None and not locked:
+            result.notes.append("not locked: a night would refuse it until `kilotok lock` has run")
+        else:
+            check_lock(spec, lock)
     except KilotokError as error:
-        (result.wrong if locked else result.notes).append(str(error))
+        result.wrong.append(str(error))
     try:
         _engine(spec)
         built = [row.stage for row in plan(spec, store).rows if row.state != CACHED]

@@ -22,7 +22,7 @@ from tests.flows.toy import stages
 
 ROOT = Path(__file__).resolve().parents[3]
 COPIED = ("specs/*.py", "tasks", "flows", "engine_plugins/*.py", "pyproject.toml", "prefect.toml", "infra/prefect")
-NIGHT = "import sys; from flows.nightly import nightly; nightly(*sys.argv[1:], return_state=True)"
+NIGHT = "import sys; from flows.nightly import nightly; print(nightly(*sys.argv[1:], return_state=True))"
 
 
 class Repository:
