@@ -27,3 +27,15 @@ def test_every_spec_has_its_deployment() -> None:
 
 def test_the_flow_fits_one_screen() -> None:
     assert len((ROOT / "flows" / "rebuild.py").read_text().splitlines()) <= 60
+
+
+def test_a_nightly_carries_the_schedule_of_its_spec_and_a_rebuild_none() -> None:
+    entries = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    by_flow = {(entry["entrypoint"].rpartition(":")[2], entry["name"]): entry["schedules"] for entry in entries}
+    assert by_flow["nightly", "llama4-maverick-b200-throughput"][0]["cron"] == "0 5 * * *"
+    assert {len(schedules) for (flow, _), schedules in by_flow.items() if flow == "rebuild"} == {0}
+
+
+def test_no_deployment_holds_a_secret_or_a_path_of_this_machine() -> None:
+    text = (ROOT / "prefect.yaml").read_text()
+    assert "prefect.blocks" not in text and str(ROOT) not in text
