@@ -1,6 +1,7 @@
 """What a spec edit would meet on its first night, asked before it is merged: schema, lock, engine options, plan, gates.
 
-Refuses to build and to use the network. Gates are held against the figures of the last good build, where there is one.
+Refuses to build and to use the network. Gates are held against the prediction, and against the last good build's
+figures where there is one.
 Run it: `kilotok check specs/`; as a pre-commit hook from `.pre-commit-config.yaml`, in CI from `.github/workflows/`.
 """
 
@@ -65,7 +66,8 @@ def check(path: Path, store: Store, locked: bool = True) -> Checked:
         _engine(spec)
         built = [row.stage for row in plan(spec, store).rows if row.state != CACHED]
         result.notes.append(f"a night would build {', '.join(built)}" if built else "a night would build nothing")
-        result.notes += _gates(spec, store)
+        for text in [*_predicted(spec, store), *_gates(spec, store)]:
+            (result.wrong if text.endswith("impossible") else result.notes).append(text)
     except KilotokError as error:
         result.wrong.append(str(error))
     return result
@@ -77,6 +79,17 @@ def _engine(spec: Spec) -> None:
         from engine_plugins.trtllm.render import render
 
         render(spec)
+
+
+def _predicted(spec: Spec, store: Store) -> list[str]:
+    """Physics' verdict on the gates that ask for a speed. Raises InputError for what cannot fit the hardware."""
+    from tasks.predict.prediction import predict, targets, unknown
+    from tasks.predict.records import Records
+
+    records = Records.read(store, spec.name)
+    if why := unknown(spec, records):
+        return [f"not predicted: {why}"]
+    return targets(spec, predict(spec, records))
 
 
 def _gates(spec: Spec, store: Store) -> list[str]:

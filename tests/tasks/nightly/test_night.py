@@ -239,6 +239,13 @@ def test_a_gate_that_the_last_good_build_would_fail_is_noted(house: Path, store:
     )
 
 
+def test_a_gate_below_the_floor_of_physics_is_refused(store: LocalStore, tmp_path: Path) -> None:
+    spec = tmp_path / "llama4-maverick-b200.yaml"
+    text = (ROOT / "specs/llama4-maverick-b200.yaml").read_text()
+    spec.write_text(text.replace("at_least: 1000}", "at_least: 9000}"))
+    assert "below the floor: impossible" in " ".join(check(spec, store, locked=False).wrong)
+
+
 def test_a_folder_that_is_not_there_is_an_input_error() -> None:
     with pytest.raises(InputError):
         spec_files([Path("no/such/folder")])
