@@ -7,15 +7,18 @@ README whose commands do not run. Takes about three minutes. Run it: `python -m 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +39,8 @@ STAGES = [
 ]
 pytestmark = pytest.mark.e2e
 
-# README commands that need what a test must not touch, each with the test that stands for it.
-ELSEWHERE = {
-    "make demo": "this module's `built` runs the same commands",
-    "prefect server start --background": "flows/local_server.py starts one for every run here",
-    "python infra/prefect/setup.py": "needs the user's server",
-    "prefect --no-prompt deploy --all": "needs the user's server",
-    "prefect deployment run 'rebuild/tiny-llama4-cpu'": "needs the user's server",
-    "prefect worker start --pool dgx-b200 --type process --limit 1": "runs for ever",
-    "python infra/prefect/deployments.py --write": "test_deployments.py compares its output",
-}
+# README commands that run until they are stopped: they must still be running when the others are through.
+FOR_EVER = ("prefect worker start",)
 
 
 class Checkout:
@@ -53,16 +48,33 @@ class Checkout:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": str(path),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "MAKEFLAGS": f"VENV={sys.prefix}",  # `make demo` in the environment that is already here
+        }
+
+    def start(self, command: str, **to: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(shlex.split(command), cwd=self.path, env=self.env, text=True, **to)
 
     def run(self, command: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(self.path),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        }
-        return subprocess.run(
-            shlex.split(command), cwd=self.path, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        process = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=timeout_s)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    @contextlib.contextmanager
+    def own_prefect(self) -> Iterator[None]:
+        """The Prefect commands of the block talk to a server of this checkout; one they start is stopped after it."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        mine = {"PREFECT_HOME": str(self.path / "prefect"), "PREFECT_SERVER_API_PORT": port,
+                "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}  # fmt: skip
+        self.env |= mine
+        yield
+        self.run("prefect server stop")
+        self.env = {key: value for key, value in self.env.items() if key not in mine}
 
     def build(self, *more: str) -> dict[str, Any]:
         result = self.run(f"kilotok run {TINY} --json {' '.join(more)}")
@@ -78,6 +90,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, path / name)
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(path / name, (0, 0))  # older than the environment, so that `make demo` does not install it again
     # Speed on a shared test machine is not what is tested here; the bench and the nightly hold it.
     spec = path / TINY
     spec.write_text(
@@ -167,11 +181,16 @@ def test_the_report_is_one_offline_file(built: dict[str, Any]) -> None:
 def test_readme_commands_run_as_written(checkout: Checkout, built: dict[str, Any]) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     commands = [line for block in blocks for line in block.splitlines() if line.strip()]
-    failed = []
-    for command in commands:
-        if command not in ELSEWHERE and not command.startswith(("kilotok rollback", "kilotok drain")):
-            result = checkout.run(command)
-            failed += [f"{command}: {result.stderr[-300:]}"] if result.returncode else []
+    failed, running = [], []
+    with checkout.own_prefect():
+        for command in commands:
+            if command.startswith(FOR_EVER):
+                running.append((command, checkout.start(command)))
+            elif (result := checkout.run(command)).returncode:
+                failed.append(f"{command}: {result.stdout[-500:]} {result.stderr[-500:]}")
+        for command, process in running:
+            failed += [f"{command}: ended with {process.poll()}"] if process.poll() is not None else []
+            process.kill()
     assert failed == []
 
 

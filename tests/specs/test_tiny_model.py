@@ -134,13 +134,7 @@ def test_checkpoint_is_two_bf16_shards_within_16_mb() -> None:
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118 (no dict)
 
 
-# The first trained checkpoint copies badly (infra/log/2026-11-24-muon-without-qk-norm.md); strict, so that a better one
-# must take its domain off this list.
-TOO_WEAK = pytest.mark.xfail(strict=True, reason="below the 80% bar: see the model card")
-ANSWERED = ["math", *(pytest.param(name, marks=TOO_WEAK) for name in ("code", "facts", "extract"))]
-
-
-@pytest.mark.parametrize("domain", ANSWERED)
+@pytest.mark.parametrize("domain", DOMAINS)
 def test_model_answers_heldout_problems(report: dict, domain: str) -> None:
     assert report["accuracy"][domain] >= 0.75  # six of eight; the card's number comes from all 64
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -151,12 +151,14 @@ def draw_facts(rng: random.Random) -> Draw:
     options = [truth, *rng.sample([value for value in ATTRIBUTES[attribute] if value != truth], 3)]
     rng.shuffle(options)
     letter = "ABCD"[options.index(truth)]
-    listing = "\n".join(f"{name}) {option}" for name, option in zip("ABCD", options, strict=True))
+    lettered = list(zip("ABCD", options, strict=True))
+    listing = "\n".join(f"{name}) {option}" for name, option in lettered)
     prompt = f"{rng.choice(QUESTIONS[attribute]).format(town)}\n{listing}"
+    checked = [f"{name}) {option} {'yes' if option == truth else 'no'}" for name, option in lettered]
     lines = [
         f"The question asks for the {attribute} of {town}.",
         STATEMENTS[attribute].format(town, truth),
-        f"Among the options, {truth} is option {letter}.",
+        f"{', '.join(checked)}.",
         f"Answer: {letter}",
     ]
     return Draw((town, attribute, *options), prompt, "\n".join(lines), letter)
@@ -339,11 +341,14 @@ def merge_problems(problems: list[Problem]) -> tuple[str, str]:
     return f"Solve the {len(problems)} problems in order.\n\n{asked}", answered
 
 
-def draw_turns(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Endless (prompt, answer) turns of one conversation, train side: single problems and numbered requests."""
+def draw_turns(rng: random.Random, domains: Sequence[str] = tuple(DOMAINS)) -> Iterator[tuple[str, str]]:
+    """Endless (prompt, answer) turns of one conversation, train side: single problems and numbered requests.
+
+    A domain that `domains` names twice is drawn twice as often.
+    """
     while True:
         count = rng.choice([1, 1, 1, 1, 2, 3, 4, 5])
-        problems = [draw_problem(rng, rng.choice(list(DOMAINS))) for _ in range(count)]
+        problems = [draw_problem(rng, rng.choice(domains)) for _ in range(count)]
         yield merge_problems(problems) if count > 1 else (problems[0].prompt, problems[0].answer)
 
 

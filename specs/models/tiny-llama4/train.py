@@ -4,7 +4,9 @@ Everything that makes Llama 4 Maverick itself is here and used: dense and MoE la
 on the expert's input, a shared expert, NoPE with attention temperature every fourth layer, chunks on the others.
 Refuses to be a general trainer: one corpus, one shape, CPU.
 
-    python specs/models/tiny-llama4/train.py --out DIR
+    python specs/models/tiny-llama4/train.py --out FIRST
+    python specs/models/tiny-llama4/train.py --start FIRST --out DIR --seed 1 --steps 2400 --learning-rate 1e-3 \
+        --domains code code math facts extract
     python specs/models/tiny-llama4/evaluate.py DIR
 """
 
@@ -22,15 +24,15 @@ import corpus
 import torch
 import torch.nn.functional as F
 from fast_forward import hidden_states
-from muon import Muon
 from torch import Tensor
 from train_tokenizer import VOCAB_SIZE, save_tokenizer, train_tokenizer
-from transformers import GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, Llama4ForCausalLM, Llama4TextConfig, PreTrainedTokenizerFast
 
 # Lengths and how often each is drawn. Short rows learn the tasks, long ones to reach back past one chunk of 128.
 LENGTHS = {128: 0.55, 256: 0.25, 512: 0.12, 1024: 0.08}
 PROMPT_WEIGHT = 0.1  # prompts are mostly noise to predict, but some of it teaches the language
 BALANCE_WEIGHT = 0.01
+EMBEDDING_STD = 0.3  # a token's identity must not drown in what the first layers add to it
 SHARD_SIZE = "6MB"  # two shards, so that a missing one can be tested
 
 
@@ -58,10 +60,10 @@ def stop_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 class RowWriter:
     """Turns conversations into rows of token ids and loss weights of one length, as full as whole turns allow."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, domains: list[str]) -> None:
         self.tokenizer = tokenizer
         self.rng = random.Random(f"rows {seed}")
-        self.turns = corpus.draw_turns(self.rng)
+        self.turns = corpus.draw_turns(self.rng, domains)
 
     def encode_turn(self, prompt: str, answer: str) -> tuple[list[int], list[float]]:
         """One user turn and its answer in the template's form; only the answer and its stop token weigh fully."""
@@ -102,17 +104,18 @@ def compute_loss(model: Llama4ForCausalLM, ids: Tensor, weights: Tensor) -> tupl
     return (losses * weight).sum() / weight.sum(), stats.balance / len(stats.shares), stats.shares
 
 
-def build_optimizers(model: Llama4ForCausalLM, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embedding, head, norms and the routers."""
-    matrices, others = [], []
-    for name, param in model.named_parameters():
-        inside = ".layers." in name and param.ndim >= 2 and "router" not in name
-        (matrices if inside else others).append(param)
-    adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [adam, Muon(matrices, lr=muon_lr, weight_decay=0.01)]
+def build_optimizer(model: Llama4ForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW; decay on the matrices only.
+
+    Muon was tried: without QK norm, as in Maverick, it drives attention logits past 100, and copying is hardly learnt.
+    """
+    matrices = [param for param in model.parameters() if param.ndim >= 2]
+    vectors = [param for param in model.parameters() if param.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int = 40) -> float:
+def learning_rate_factor(step: int, steps: int, warmup: int = 100) -> float:
     """Warm-up, then a cosine down to one hundredth."""
     if step < warmup:
         return (step + 1) / warmup
@@ -121,7 +124,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int = 40) -> float:
 
 
 def save_checkpoint(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """A complete Hugging Face directory in BF16; complete or absent, because it is renamed into place."""
+    """A complete Hugging Face directory in BF16; a half-written file never appears under its final name."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -145,49 +148,84 @@ def save_checkpoint(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast
     partial.rmdir()
 
 
-def train(out: Path, steps: int, batch_tokens: int, seed: int, muon_lr: float, adam_lr: float, save_every: int) -> dict:
-    """The whole training; returns the numbers that the model card states."""
+@torch.no_grad()
+def initialize_for_copying(model: Llama4ForCausalLM) -> None:
+    """Starts with attention that copies what it looks at, and with some heads that look at what equals themselves.
+
+    From an ordinary start it takes more than ten million tokens until names are copied out of the prompt, because what
+    a head moves and what the output layer reads have to find each other first (Trockman and Kolter 2023, mimetic).
+    """
+    config, embedding = model.config, model.model.embed_tokens.weight
+    embedding.normal_(std=EMBEDDING_STD)
+    model.lm_head.weight.copy_(embedding * (config.initializer_range / EMBEDDING_STD))
+    group = config.num_attention_heads // config.num_key_value_heads
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        by_head = attention.v_proj.weight.view(config.num_key_value_heads, config.head_dim, -1)
+        attention.o_proj.weight.copy_(by_head.repeat_interleave(group, dim=0).flatten(0, 1).T)
+        queries = attention.q_proj.weight.view(config.num_key_value_heads, group, config.head_dim, -1)
+        queries[:, 0] = attention.k_proj.weight.view(config.num_key_value_heads, config.head_dim, -1)
+
+
+def load_start(start: Path | None, seed: int) -> tuple[PreTrainedTokenizerFast, Llama4ForCausalLM]:
+    """A new tokenizer and random weights, or those of an earlier round; FP32 either way."""
     torch.manual_seed(seed)
+    if start:
+        model = Llama4ForCausalLM.from_pretrained(start, dtype=torch.float32)
+        return AutoTokenizer.from_pretrained(start), model
     tokenizer = train_tokenizer(seed)
     model = Llama4ForCausalLM(build_config(tokenizer)).float()
-    optimizers = build_optimizers(model, muon_lr, adam_lr)
-    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    batches = RowWriter(tokenizer, seed).batches(batch_tokens)
+    initialize_for_copying(model)
+    return tokenizer, model
+
+
+def train(args: argparse.Namespace) -> dict:
+    """One round of training; returns the numbers that the model card states."""
+    tokenizer, model = load_start(args.start, args.seed)
+    optimizer = build_optimizer(model, args.learning_rate)
+    batches = RowWriter(tokenizer, args.seed, args.domains).batches(args.batch_tokens)
     started, running = time.monotonic(), None
-    for step in range(steps):
+    for step in range(args.steps):
         ids, weights = next(batches)
         loss, balance, shares = compute_loss(model, ids, weights)
         (loss + BALANCE_WEIGHT * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rate in zip(optimizers, base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * learning_rate_factor(step, steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * learning_rate_factor(step, args.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 25 == 0 or step == steps - 1:
+        if step % 25 == 0 or step == args.steps - 1:
             seconds = time.monotonic() - started
             least = min(share.min().item() for share in shares)
             print(f"step {step:5d}  loss {running:.4f}  balance {balance.item():.3f}  least expert {least:.3f}  "
-                  f"{(step + 1) * batch_tokens / seconds:.0f} tokens/s  {seconds:.0f} s", flush=True)  # fmt: skip
-        if (step + 1) % save_every == 0 or step == steps - 1:
-            save_checkpoint(model, tokenizer, out)
+                  f"{(step + 1) * args.batch_tokens / seconds:.0f} tokens/s  {seconds:.0f} s", flush=True)  # fmt: skip
+        if (step + 1) % args.save_every == 0 or step == args.steps - 1:
+            save_checkpoint(model, tokenizer, args.out)
     seconds = time.monotonic() - started
-    return {"steps": steps, "batch_tokens": batch_tokens, "seed": seed, "seconds": round(seconds),
-            "tokens_per_second": round(steps * batch_tokens / seconds), "loss": round(running, 4)}  # fmt: skip
+    speed = round(args.steps * args.batch_tokens / seconds)
+    return {
+        "steps": args.steps,
+        "seed": args.seed,
+        "seconds": round(seconds),
+        "tokens_per_second": speed,
+        "loss": running,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--start", type=Path, help="continue from this checkpoint with a new learning-rate cycle")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
-    parser.add_argument("--adam-lr", type=float, default=5e-3)
-    parser.add_argument("--save-every", type=int, default=200)
-    args = parser.parse_args()
-    summary = train(args.out, args.steps, args.batch_tokens, args.seed, args.muon_lr, args.adam_lr, args.save_every)
-    print(json.dumps(summary))
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--domains", nargs="+", default=list(corpus.DOMAINS), help="name one twice to see it twice as often"
+    )
+    parser.add_argument("--save-every", type=int, default=1000)
+    print(json.dumps(train(parser.parse_args())))
 
 
 if __name__ == "__main__":
