@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,20 @@ def hash_files(folder: Path, names: Iterable[str], each: Callable[[str, str], No
             if each:
                 each(name, digest)
     return hashes
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file with its mtime, hashing what goes through; returns its sha256."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_BUFFER_BYTES)
+    view = memoryview(buffer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb", buffering=0) as stream, open(target, "wb") as out:
+        while count := stream.readinto(buffer):
+            digest.update(view[:count])
+            out.write(view[:count])
+    shutil.copystat(source, target)
+    return digest.hexdigest()
 
 
 def record_hash(folder: Path, name: str, sha256: str) -> None:

@@ -22,9 +22,9 @@ from typing import Any
 
 from specs.errors import IntegrityError, StoreError
 from specs.receipts import Receipt
+from tasks.edges.leases import file_lease, held_leases, is_held
 from tasks.job import SCRATCH
 from tasks.store.hashing import describe_files, hash_files
-from tasks.store.leases import file_lease, held_leases, is_held
 from tasks.store.manifest import MANIFEST, PROVENANCE, FileEntry, Manifest, content_digest, walk
 
 STALE_WORK_DAYS = 14

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
 from tasks.store import LocalStore, Manifest, Meta, open_store
 from tasks.store.s3 import S3Store
+from tasks.store.upkeep import copy
 from tests.tasks.fault_proxy import Proxy, fault_proxy
 from tests.tasks.toy import Toy
 
@@ -117,6 +119,22 @@ def test_upload_that_failed_is_resumed_without_sending_again(here: S3Store, prox
     assert here.lookup("make", KEY)  # what only this machine has is shared on the next look
     puts = [path for method, path, _ in proxy.seen if method == "PUT"]
     assert not any("/blobs/" in path for path in puts) and puts[-1].endswith("manifest.json")
+
+
+def test_large_upload_that_failed_resends_only_the_parts_that_are_missing(here: S3Store, proxy: Proxy) -> None:
+    proxy.faults += [("PUT", "partNumber=2", "denied")]
+    with pytest.raises(StoreError, match="refused our credentials"):
+        publish(here, BIG)
+    proxy.seen.clear()
+    assert here.lookup("make", KEY)
+    sent = [path for method, path, _ in proxy.seen if method == "PUT" and "partNumber" in path]
+    assert len(sent) == 1 and "partNumber=2" in sent[0]
+
+
+def test_two_writers_of_one_large_blob_end_with_one_whole_blob(here: S3Store, there: S3Store) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        manifests = list(pool.map(lambda store: publish(store, BIG), (here, there)))
+    assert manifests[0].digest == manifests[1].digest and there.verify(manifests[1]) == []
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "slow"])
@@ -251,6 +269,21 @@ def test_lease_is_renewed_for_as_long_as_it_is_held(bucket: str, tmp_path: Path,
     with here.lease("make-a"):
         time.sleep(4)
         assert [lease["name"] for lease in there.leases()] == ["make-a"]
+
+
+def test_push_from_the_own_cache_copies_nothing_on_disk(here: S3Store, proxy: Proxy) -> None:
+    publish(here.local)  # type: ignore[arg-type]
+    inode = here.local.checkout(here.local.load(f"make/{KEY}")).stat().st_ino
+    assert copy(here.local, here) == [f"{here.uri}/artifacts/make/{KEY}"] and copy(here.local, here) == []
+    assert here.local.checkout(here.local.load(f"make/{KEY}")).stat().st_ino == inode
+
+
+def test_pull_brings_artifacts_to_a_plain_store(here: S3Store, tmp_path: Path) -> None:
+    publish(here)
+    publish(here, key="b" * 64, meta=Meta({}, {}, {}, {}, cacheable=False))
+    plain = LocalStore(tmp_path / "plain")
+    assert len(copy(here, plain)) == 2 and copy(here, plain) == []
+    assert plain.verify(plain.lookup("make", KEY)) == []
 
 
 def test_a_run_fills_the_shared_store_for_the_next_machine(toy: Toy, here: S3Store, there: S3Store) -> None:
