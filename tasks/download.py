@@ -165,9 +165,9 @@ class _Work:
     def _place(self, path: str, entry: FileLock) -> None:
         target = self.out / path
         target.parent.mkdir(parents=True, exist_ok=True)
+        with self._guard:  # publishing believes it, and so does the next attempt
+            record_hash(self.out, path, entry.sha256, self._part(path))
         os.replace(self._part(path), target)
-        with self._guard:
-            record_hash(self.out, path, entry.sha256)  # publishing believes it, and so does the next attempt
 
     def _part(self, path: str) -> Path:
         return self.scratch / "parts" / f"{path}.part"
