@@ -28,8 +28,7 @@ _fork.set_forkserver_preload(["torch", "transformers", "modelopt.torch.quantizat
 # The smallest real build: every stage does its work, none for long, and nothing depends on how good the model is.
 SMALL = (
     "quantize.calibration.samples=48",
-    "draft.data.samples=256",
-    "draft.data.max_new_tokens=64",
+    "draft.data.samples=192",
     "draft.training.epochs=2",
     "draft.training.ttt_steps=2",
     "draft.training.sequence_length=192",

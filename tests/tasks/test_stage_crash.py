@@ -1,4 +1,4 @@
-"""kill -9 at a random moment inside every real stage: the store stays whole, and the next run goes on and ends the same.
+"""kill -9 at a random moment inside every real stage: the store stays whole, the next run ends the same.
 
 Refuses toy stages (those are in `test_runner_crash.py`) and a build that only looks finished: files are compared by
 hash. Deployment's own steps are killed one by one in `test_deploy.py`. Run: `pytest tests/tasks/test_stage_crash.py`.

@@ -5,7 +5,10 @@ Refuses to stub boto3. Run: `pytest tests/tasks/test_store_s3.py`.
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,8 +18,11 @@ from pathlib import Path
 import pytest
 
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
+from tasks.runner import StageEvent
 from tasks.store import LocalStore, Manifest, Meta, open_store
+from tasks.store.keys import CODE_ROOT
 from tasks.store.s3 import S3Store
+from tasks.store.s3_lease import S3Lease
 from tasks.store.upkeep import copy
 from tests.tasks.fault_proxy import Proxy, fault_proxy
 from tests.tasks.toy import Toy
@@ -255,8 +261,6 @@ def test_lease_of_another_machine_is_waited_for(here: S3Store, there: S3Store) -
 
 
 def test_lease_of_a_dead_machine_is_taken_over(bucket: str, here: S3Store, there: S3Store) -> None:
-    from tasks.store.s3_lease import S3Lease
-
     dead = S3Lease(here._client, bucket, "team/leases/make-a.json", "make-a", ttl_s=1.0)
     assert dead._take()  # and nobody renews it
     started = time.monotonic()
@@ -291,6 +295,45 @@ def test_a_run_fills_the_shared_store_for_the_next_machine(toy: Toy, here: S3Sto
     toy.run()
     toy.store = there  # type: ignore[assignment]
     assert [toy.run().state, toy.run("join").state] == ["cached", "built"]
+
+
+def test_bucket_that_disappears_mid_run_loses_nothing(toy: Toy, here: S3Store, bucket: str) -> None:
+    def drop(event: StageEvent) -> None:
+        if event.kind == "progress":
+            for item in here._client.list_objects_v2(Bucket=bucket).get("Contents", []):
+                here._client.delete_object(Bucket=bucket, Key=item["Key"])
+            here._client.delete_bucket(Bucket=bucket)
+
+    toy.store, toy.listen = here, drop  # type: ignore[assignment]
+    with pytest.raises(StoreError, match="there is no such bucket"):
+        toy.run()
+    here._client.create_bucket(Bucket=bucket)
+    toy.listen = toy.events.append
+    assert toy.run().state == "cached" and toy.num_calls == 1  # what this machine had built is shared, not built again
+    assert here.verify(next(here.entries())) == []
+
+
+AHEAD = """
+import json, sys, time
+now = time.time
+time.time = lambda: now() + 30 * 86400
+from pathlib import Path
+from tasks.store import LocalStore
+from tasks.store.keys import CODE_ROOT
+from tasks.store.s3 import S3Store
+from tasks.store.s3_lease import S3Lease
+store = S3Store(sys.argv[1], LocalStore(Path(sys.argv[2])))
+taken = S3Lease(store._client, store._bucket, "team/leases/make-a.json", "make-a")._take()
+print(json.dumps([taken, [lease["name"] for lease in store.leases()], store.sweep(dry_run=True)]))
+"""
+
+
+def test_machine_with_its_clock_a_month_ahead_takes_nothing_away(here: S3Store, tmp_path: Path) -> None:
+    here.delete(publish(here))
+    with here.lease("make-a"):
+        command = [sys.executable, "-c", AHEAD, here.uri, str(tmp_path / "ahead")]
+        done = subprocess.run(command, cwd=CODE_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout) == [False, ["make-a"], []]
 
 
 def test_every_error_of_the_bucket_is_ours(here: S3Store, proxy: Proxy) -> None:

@@ -5,6 +5,7 @@ Refuses to be clever: `make` copies text into files, `join` reads them. Used by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Toy:
         }
         self.receipts: dict[str, Receipt] = {}
         self.events: list[StageEvent] = []
+        self.listen: Callable[[StageEvent], None] = self.events.append
 
     @property
     def view(self) -> SpecView:
@@ -81,7 +83,7 @@ class Toy:
 
     def run(self, name: str = "make", **extra: Any) -> Receipt:
         receipt = run_stage(
-            name, self.view, self.receipts, self.store, self.events.append,
+            name, self.view, self.receipts, self.store, self.listen,
             registry=self.registry, code_root=self.root, extra=extra,
         )  # fmt: skip
         self.receipts[name] = receipt
