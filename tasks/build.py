@@ -20,6 +20,7 @@ from specs.schema import Spec
 from tasks.predict.forecast import forecast
 from tasks.predict.records import learn
 from tasks.runner import StageEvent, run_stage
+from tasks.stages import REGISTRY
 from tasks.store import Store, open_store
 from tasks.store.keys import Known
 
@@ -107,7 +108,8 @@ class Build:
 
     def since(self) -> str:
         """The last good build that differs from this one, which is what the report compares with; "" for none."""
-        return Known({}, {name: receipt.key for name, receipt in self.receipts.items()}, self.last_good).since
+        keys = {name: receipt.key for name, receipt in self.receipts.items() if not REGISTRY[name].tells}
+        return Known({}, keys, self.last_good).since
 
     def endpoint(self) -> str | None:
         """The public URL of the live deployment, when there is one."""
