@@ -7,6 +7,7 @@ Run it: `kilotok --help`.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,13 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, run one verb, map errors to one line and an exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return int(arguments.verb(arguments) or 0)
+        code = int(arguments.verb(arguments) or 0)
+        sys.stdout.flush()
+        return code
     except KilotokError as error:
         print(f"kilotok: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("kilotok: interrupted; run again to resume where it stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `kilotok explain SPEC | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 0
 
 
 def parser() -> argparse.ArgumentParser:

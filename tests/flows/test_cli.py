@@ -89,3 +89,11 @@ def test_report_without_a_build_says_how_to_make_one(tmp_path: Path) -> None:
 def test_doctor_finds_what_is_installed() -> None:
     rows = json.loads(kilotok("doctor", "--json").stdout)
     assert {"python", "torch", "c++ compiler"} <= {row["check"] for row in rows}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -m flows.cli schema | head -c 10"
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
