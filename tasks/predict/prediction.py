@@ -179,7 +179,7 @@ class Prediction:
             f"at {d['acceptance']['length']:.2f} tokens per cycle",
             f"  {server['users']:>4} users  {server['expected']:,.0f} tokens/s for the server "
             f"({server['low']:,.0f} to {server['high']:,.0f}), prefill of {c.load.input_tokens} tokens included",
-            f"  memory      {memory['total']:.1f} of {memory['available']:.0f} GiB per GPU",
+            f"  memory      {memory['total']:.2f} of {memory['available']:.0f} GiB per GPU",
             "",
             f"  {'operator':<16} {'MB':>9} {'kernels':>8} {'us':>9} {'share':>6}",
         ]

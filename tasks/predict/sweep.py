@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from engine_plugins.trtllm.render import render
 from specs.errors import InputError, KilotokError
 from tasks.predict.prediction import predict
 from tasks.predict.records import Records
@@ -125,7 +126,10 @@ def _keys(tree: Mapping[str, Any], above: str = "") -> Iterable[str]:
 def foretell(spec: Spec, point: Point, records: Records) -> Point:
     """The point with predicted speeds, or with the reason why it cannot run."""
     try:
-        case = predict(variant(spec, point), records).case
+        made = variant(spec, point)
+        case = predict(made, records).case
+        if made.engine.backend == "trtllm":
+            render(made)
     except KilotokError as error:
         return Point(point.values, refused=str(error))
     return Point(point.values, case.tps_per_user.expected, case.tps_per_server.expected, case.users)

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from specs.errors import InputError
 from tasks.predict.sweep import Point, best, front, patched, variant
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def _patch(path: Path, spec: Spec, point: Point) -> Path:
 
 
 def _dgx_spec(out: Path, spec: Spec, point: Point) -> Path:
-    """A spec of its own that extends the swept one, rendered once so that a wrong one is found here."""
+    """A spec of its own that extends the swept one, and how its server will be started."""
     from engine_plugins.trtllm.render import render
 
     name = re.sub(r"[^a-z0-9]+", "-", f"{spec.name} {point.name}".lower()).strip("-")[:63]
@@ -136,10 +135,7 @@ def _dgx_spec(out: Path, spec: Spec, point: Point) -> Path:
         for part in above:
             place = place.setdefault(part, {})
         place[last] = value
-    try:
-        rendered = render(variant(spec, point)).to_dict()
-    except InputError as error:
-        rendered = {"refused": str(error)}
+    rendered = render(variant(spec, point)).to_dict()
     path = out / f"{name}.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     path.with_suffix(".rendered.json").write_text(json.dumps(rendered, indent=1), encoding="utf-8")
