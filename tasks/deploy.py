@@ -23,6 +23,7 @@ from typing import Any
 from specs.errors import InputError, IntegrityError
 from tasks.deployment.slots import PROJECT, base_url
 from tasks.deployment.steps import OnStep, opened
+from tasks.edges import machine
 from tasks.job import Job, Progress
 
 SERVERS = {"native": "engine_plugins.native.server", "trtllm": "engine_plugins.trtllm.front"}
@@ -84,7 +85,11 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
     if backend == "trtllm":
         # What was built is what runs: the front comes out of the bundle, in a container and outside of one.
         cwd = str(PROJECT if server else bundle / "site")
-        plan |= {"gpus": True, "cwd": cwd, "expected": json.loads(record.read_text()).get("expected")}
+        plan |= {
+            "gpus": machine.gpu() != "none",
+            "cwd": cwd,
+            "expected": json.loads(record.read_text()).get("expected"),
+        }
     if plan["to"] == "docker":
         image = deploy.get("image") or (f"{RELEASE_IMAGE}:{engine['version']}" if backend == "trtllm" else None)
         if not image:
@@ -96,7 +101,7 @@ def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) 
 
 def server_argv(name: str, bundle: Path, backend: str, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
     """The server's command line; in a container `python` is the image's, here it is ours."""
-    python = "python3" if deploy.get("to") == "docker" else sys.executable
+    python = "python" if deploy.get("to") == "docker" else sys.executable
     own = (python, "-m", SERVERS[backend])
     argv = [*(server or own), "--bundle", str(bundle), "--served-model-name", name]
     return [*argv, "--host", str(deploy.get("host", "127.0.0.1")), "--port", "{port}", "--control", "{control}"]

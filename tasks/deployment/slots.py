@@ -199,7 +199,7 @@ def is_gibberish(text: str) -> bool:
 
 def free_memory(plan: dict[str, Any]) -> tuple[int, str]:
     """Bytes that a new server may take, and of which memory: the GPUs' where the plan uses them."""
-    if plan.get("gpus") and (free := machine.gpu_free_bytes()) is not None:
+    if plan["backend"] == "trtllm" and (free := machine.gpu_free_bytes()) is not None:
         return free, "GPU memory"
     return service.available_bytes(), "memory"
 
