@@ -25,6 +25,7 @@ from tests.tasks.deploy_driver import NAME, TOY_SERVER, run_promote
 from tests.tasks.test_deploy import ROOT, Bench, Load, ask
 
 IMAGE = "localhost/kilotok-test:scratch"
+DOCKERFILE = ROOT / "infra" / "images" / "mounted.Dockerfile"
 MOUNTS = [str(path) for path in map(Path, ("/usr", "/lib", "/lib64", "/bin")) if path.exists()]
 MOUNTS += sorted({str(ROOT), sys.prefix, *(() if sys.base_prefix.startswith("/usr") else (sys.base_prefix,))})
 
@@ -38,7 +39,7 @@ def engine() -> Any:
     client = docker.from_env()
     context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as tar:
-        for name, data in (("Dockerfile", b"FROM scratch\nCOPY empty /empty\n"), ("empty", b"")):
+        for name, data in (("Dockerfile", DOCKERFILE.read_bytes()), ("empty", b"")):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))

@@ -217,8 +217,8 @@ def test_flag_that_did_nothing_fails_the_deploy(
     assert ask(bench.url) == "one"
 
 
-# kill -9 of the deployer. The steps and their recovery are those that test_deploy.py kills one by one; here they are the
-# ones that touch the front, and with KILOTOK_EVERY_STEP=1 all of them (12 minutes on two cores).
+# kill -9 of the deployer. test_deploy.py kills it at every step; here at those that touch the front, and with
+# KILOTOK_EVERY_STEP=1 at all of them (12 minutes on two cores).
 
 EVERY = os.environ.get("KILOTOK_EVERY_STEP") == "1"
 FRONT = ("start:close", "start:spawned", "start:open", "promote:accept", "promote:release", "promote:drain")

@@ -1,4 +1,4 @@
-"""trtllm-serve's stub in real containers: promote, roll back, swap, and a container that dies. Skipped without an engine.
+"""trtllm-serve's stub in real containers: promote, roll back, swap, a container that dies. Skipped without an engine.
 
 Run it: `DOCKER_HOST=unix://... python -m pytest tests/tasks/test_deploy_trtllm_containers.py`
 """
