@@ -93,11 +93,18 @@ def plan(arguments: argparse.Namespace) -> int:
         more, found["engine"] = _launch(spec)
         text += more
     print(json.dumps({**planned.to_dict(), **found}, indent=2) if arguments.as_json else text)
-    if refusal is None and planned.disk_is_short:
+    if refusal is None and planned.disk_is_short and _runs_here(spec):
         refusal = short_of_disk(planned)
     if refusal is not None:
         raise refusal
     return 0
+
+
+def _runs_here(spec: Spec) -> bool:
+    """A plan for a DGX may be made on a laptop, whose disk it will not need."""
+    from tasks.edges.machine import gpu
+
+    return spec.engine.backend == "native" or gpu() != "none"
 
 
 def short_of_disk(planned: Plan) -> InputError:

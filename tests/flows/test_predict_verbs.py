@@ -6,12 +6,15 @@ Run it: `python -m pytest tests/flows/test_predict_verbs.py`.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flows.cli import main
+from tasks.edges.machine import gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 B200, TINY = (str(ROOT / f"specs/{name}.yaml") for name in ("llama4-maverick-b200", "tiny-llama4-cpu"))
@@ -48,8 +51,23 @@ def test_plan_shows_and_then_refuses_what_cannot_run(tmp_path: Path, capsys: pyt
 
 
 def test_plan_refuses_a_disk_that_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run(["plan", B200], tmp_path, capsys)  # 1.2 TB: no test machine has it free
-    assert code == 2 and "of disk are needed" in err
+    tree = tmp_path / "tree"
+    (tree / "specs/locks").mkdir(parents=True)
+    (tree / "pyproject.toml").touch()
+    shutil.copytree(ROOT / "specs/models/tiny-llama4", tree / "specs/models/tiny-llama4")
+    shutil.copy(TINY, tree / "specs")
+    lock = yaml.safe_load((ROOT / "specs/locks/tiny-llama4-cpu.yaml").read_text())
+    for entry in lock["files"].values():
+        entry["size"] = 10**15
+    (tree / "specs/locks/tiny-llama4-cpu.yaml").write_text(yaml.safe_dump(lock))
+    code, out, err = run(["plan", str(tree / "specs/tiny-llama4-cpu.yaml")], tmp_path, capsys)
+    assert code == 2 and "of disk are needed" in err and "too little" in out
+
+
+@pytest.mark.skipif(gpu() != "none", reason="here the plan is for this machine")
+def test_a_plan_for_a_dgx_may_be_made_on_a_laptop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["plan", B200], tmp_path, capsys)
+    assert code == 0 and "1000 tokens/s needs a cycle of" in out
 
 
 def test_plan_names_time_and_money(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
