@@ -153,7 +153,10 @@ NAME_OR_UNDERSCORE = _matches(
 )
 METRIC = _matches(r"[a-z][\w-]*(\.[\w-]+)+", "no metric name; write a dotted one such as latency.tps_per_user.p50")
 VERSION = _matches(r"\d+\.\d+(\.\d+)?(rc\d+)?", "no version; write one such as 1.2.1 or 1.3.0rc22")
-RECIPE = _matches(r"[\w.-]+(/[\w.-]+)*", "no recipe name; write one such as general/ptq/fp8_default-kv_fp8")
+RECIPE = _matches(
+    r"(file:)?[\w.-]+(/[\w.-]+)*",
+    "no recipe; write a name such as general/ptq/fp8_default-kv_fp8, or file:PATH of a YAML",
+)
 SECRET_REFERENCE = _checked(
     lambda value: (
         None

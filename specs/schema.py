@@ -49,20 +49,16 @@ class Quantize(Section):
     """From BF16 to FP8 through nvidia-modelopt."""
 
     recipe: Annotated[str, rules.RECIPE] = Field(
-        "general/ptq/fp8_default-kv_fp8", description="modelopt's recipe, by its name in modelopt's recipe library."
+        "general/ptq/fp8_default-kv_fp8",
+        description="modelopt's recipe: its name in modelopt's library, or `file:PATH` of a YAML of your own.",
     )
     calibration: Calibration = Field(description="What the scales are calibrated on.")
-    kv_cache: bool = Field(True, description="FP8 keys and values; follows from the recipe (`kv_fp8`) and must agree.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kv_cache_follows_recipe(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        in_recipe = "kv_fp8" in str(data.get("recipe", cls.model_fields["recipe"].default))
-        if data.get("kv_cache", in_recipe) is not in_recipe and isinstance(data["kv_cache"], bool):
-            raise ValueError(f"kv_cache must be {str(in_recipe).lower()}, as the recipe says; drop the key")
-        return {"kv_cache": in_recipe, **data}
+    max_divergence: float | None = measured(
+        None,
+        "nats/token",
+        "KL to BF16 at which no more layers are kept in BF16, the ones that cost most per byte first; null keeps none.",
+        gt=0,
+    )
 
 
 class DraftData(Section):

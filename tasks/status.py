@@ -5,12 +5,10 @@ Refuses to change anything. Run it: `kilotok status`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specs.errors import InputError
-
-if TYPE_CHECKING:
-    from tasks.store import Store
+from tasks.store import Store
 
 
 def build_record(store: Store, build_or_spec: str | None) -> dict[str, Any]:

@@ -17,12 +17,11 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from engine_plugins import ops
 from specs.errors import StageFailed
 
 LIBRARY = "libkilotok.so"
 SOURCES = Path(__file__).resolve().parent / "cpp"
-OPS_DIR = Path(ops.__file__).parent
+OPS_DIR = SOURCES.parent.parent / "ops"
 OPS = (
     "allreduce_rmsnorm",
     "attention_decode",
@@ -107,6 +106,16 @@ def compile_library(out: Path) -> Path | None:
         shutil.copyfile(linked, out / LIBRARY)
         _compiled[digest] = Path(linked).read_bytes()
     return out / LIBRARY
+
+
+def compile_source(source: Path, out: Path) -> Path | None:
+    """One C++ file as a library for this machine's own CPU, in the directory `out`; None when there is no compiler."""
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    target = out / source.with_suffix(".so").name
+    _run([[compiler, *COMMON_FLAGS, "-march=native", "-fopenmp-simd", "-shared", str(source), "-o", str(target)]])
+    return target
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ TINY = ROOT / "specs" / "tiny-llama4-cpu.yaml"
         "engine.options={enable_min_latency: true}",
         "engine.plugins=[fc13_swiglu, fc13_swiglu]",
         "engine.plugins=[fc13]",
-        "quantize.kv_cache=false",
+        "quantize.recipe='a recipe'",
+        "quantize.max_divergence=0",
         "deploy.port=70000",
         "nightly.cron='61 2 * * *'",
         "nightly.timezone=Mars/Base",
@@ -57,9 +58,13 @@ def test_bounds(bound: Any, parsed: tuple[float, str | None]) -> None:
     assert parse_bound(bound) == parsed
 
 
-def test_kv_cache_follows_the_recipe() -> None:
-    assert load_spec(TINY).quantize.kv_cache is True
-    assert load_spec(TINY, ["quantize.recipe=general/ptq/fp8_default"]).quantize.kv_cache is False
+def test_a_recipe_is_a_name_or_a_file() -> None:
+    assert load_spec(TINY, ["quantize.recipe=file:specs/experts.yaml"]).quantize.recipe == "file:specs/experts.yaml"
+
+
+def test_no_layer_is_kept_in_bf16_unless_asked() -> None:
+    assert load_spec(TINY).quantize.max_divergence is None
+    assert load_spec(TINY, ["quantize.max_divergence=0.002"]).quantize.max_divergence == 0.002
 
 
 def test_spec_is_frozen() -> None:

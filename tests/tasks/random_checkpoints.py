@@ -77,6 +77,25 @@ def write_multimodal(path: Path) -> Path:
     return path
 
 
+def rename_newer(path: Path) -> Path:
+    """The multimodal checkpoint's tensors under the names of transformers' newer layout."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    older = {
+        "language_model.model.": "model.language_model.",
+        "language_model.lm_head.": "lm_head.",
+        "vision_model.": "model.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+    renamed = {
+        next(new + name.removeprefix(old) for old, new in older.items() if name.startswith(old)): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def write_tokenizer(path: Path) -> None:
     """One token per printable character."""
     special = ["<|begin|>", "<|header|>", "<|end|>", "<|eot|>", "<|pad|>", "<|unk|>"]
