@@ -130,6 +130,10 @@ class Engine(Section):
     plugins: Annotated[tuple[Annotated[str, rules.PLUGIN], ...], Field(strict=False)] = Field(
         (), description=f"Fused ops to use: {', '.join(rules.PLUGINS)}."
     )
+    gpu_architecture: Literal["sm_90a", "sm_100a"] | None = Field(
+        None,
+        description="GPU the fused ops are compiled for, Hopper or Blackwell; null compiles them for the CPU only.",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="TensorRT-LLM arguments, checked against `version`; the native engine takes none.",

@@ -21,11 +21,24 @@ from tasks.job import Job, Progress
 def build(job: Job, progress: Progress) -> dict[str, float]:
     """Write the bundle into `job.out`; returns its size in bytes and the number of plugins."""
     backend = job.spec["engine"]["backend"]
+    _gpu_kernels(job, progress)
     if backend == "native":
         return _native(job, progress)
     if backend == "trtllm":
         return _trtllm(job, progress)
     raise InputError(f"unknown engine backend {backend!r}", "engine.backend", "use native or trtllm")
+
+
+def _gpu_kernels(job: Job, progress: Progress) -> None:
+    """The ops for `engine.gpu_architecture`, in `plugins/`, before the bundle's files are listed."""
+    architecture = job.spec["engine"].get("gpu_architecture")
+    if not architecture:
+        return
+    from engine_plugins.ops.compile import compile_cuda
+
+    progress.note(f"compiling the fused ops for {architecture}")
+    if compile_cuda(job.out / "plugins", architecture) is None:
+        progress.note(f"NO nvcc: the bundle has no kernels for {architecture}, Triton or the slow reference will serve")
 
 
 def _native(job: Job, progress: Progress) -> dict[str, float]:

@@ -8,6 +8,7 @@ Legend: M rows (padded to 16), N outputs, K inputs, E experts.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -37,6 +38,11 @@ def dot(a, b, total):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     return tl.dot(a, b, total)
+
+
+def scale_step(scale: torch.Tensor | None) -> int:
+    """How far the next row's scale is: 0 when one number holds for all rows."""
+    return 0 if scale is None or scale.numel() == 1 else 1
 
 
 # Rounded here rather than by the cast, which then is exact: Triton's interpreter cuts bits off, a GPU rounds.

@@ -78,12 +78,13 @@ def register(modeling_llama: ModuleType) -> None:
 
 
 def load_ops() -> None:
-    """Define torch.ops.kilotok.*, if this package has them."""
-    try:
-        importlib.import_module(OPS_MODULE)
-    except ModuleNotFoundError as error:
-        if error.name != OPS_MODULE:
-            raise
+    """Define torch.ops.kilotok.*, with the kernels that the bundle brings for this GPU."""
+    import torch
+
+    library = importlib.import_module(OPS_MODULE)
+    plugins = Path(__file__).resolve().parents[3] / "plugins"  # of the bundle whose `site/` this is
+    if torch.cuda.is_available() and plugins.is_dir():
+        library.use_kernels(plugins)
 
 
 def op_named(name: str) -> Callable[..., Any] | None:
@@ -181,7 +182,8 @@ class _Router(_Linear):
         weight = self.weight  # type: ignore[attr-defined]
         if (x.dtype, weight.dtype) != (torch.bfloat16, torch.bfloat16):
             refusal = refusal or "not BF16"
-        return self.attempt(x.shape[0], FEW_TOKENS, refusal, x, weight)
+        made = self.attempt(x.shape[0], FEW_TOKENS, refusal, x, weight)
+        return None if made is None else made.to(x.dtype)  # the op keeps fp32
 
 
 class _Qkv(_Linear):
@@ -192,7 +194,13 @@ class _Qkv(_Linear):
             return self.attempt(x.shape[0], FEW_TOKENS, refusal)
         x, scale, missing = self.fp8_scale(x)
         positions = getattr(self, "position_ids", None)
-        return self.attempt(x.shape[0], FEW_TOKENS, refusal or missing, x, self.weight, scale, positions)  # type: ignore[attr-defined]
+        weight = self.weight  # type: ignore[attr-defined]
+        head = weight.shape[0] // 7  # five query heads, one key and one value head per rank
+        scaling = (0.0 if positions is None else 8192.0, 0.1)
+        rows = (5 * head, head, head)
+        return self.attempt(
+            x.shape[0], FEW_TOKENS, refusal or missing, x, weight, scale, positions, None, *rows, *scaling
+        )
 
 
 class _GateUp(_Linear):
@@ -227,6 +235,7 @@ class _Experts(_Seated):
         this: Any = self
         scales: Any = getattr(self, "min_latency_quant_scales", None)
         refusal = "" if scales is not None and x.dtype == torch.float8_e4m3fn else "not on the FP8 min-latency path"
+        refusal = refusal or "the op runs the shared expert too, which upstream runs elsewhere"
         arguments = () if refusal else (x, router_logits, this.w3_w1_weight, this.w2_weight, list(scales))
         made = self.attempt(x.shape[0], FEW_TOKENS, refusal, *arguments)
         own: Any = super()
@@ -243,7 +252,7 @@ class _AllReduce(_Seated):
         if fusion != "RESIDUAL_RMS_NORM_QUANT_FP8":
             return own.forward(input, all_reduce_params=all_reduce_params, **more)
         params = all_reduce_params
-        refusal = "" if getattr(this, "workspace", None) is not None else "no workspace shared between the ranks"
+        refusal = "the op has an inbox of its own, which upstream's workspace is not"
         made = self.attempt(
             input.shape[0], FEW_TOKENS, refusal,
             input, params.residual, params.norm_weight, params.scale, params.eps,

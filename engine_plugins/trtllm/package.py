@@ -26,6 +26,7 @@ NAME, VERSION = "kilotok_trtllm", "0.1.0"
 PATTERNS = (
     "specs/__init__.py",
     "specs/errors.py",
+    "specs/digest.py",
     "engine_plugins/__init__.py",
     "engine_plugins/contract.py",
     "engine_plugins/native/__init__.py",

@@ -81,13 +81,18 @@ def gpu_free_bytes() -> int | None:
         return None
 
 
-def compiler() -> str:
+def compiler(*names: str) -> str:
     """The compiler behind `c++`, told apart by name and size, which is what a package update changes."""
-    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    found = next(filter(None, map(shutil.which, names or ("c++", "g++", "clang++"))), None)
     if not found:
         return "none"
     real = Path(found).resolve()
     return f"{real.name} ({real.stat().st_size} bytes)"
+
+
+def cuda_compiler() -> str:
+    """nvcc, or none: a bundle built without it is built again once it is there."""
+    return compiler("nvcc")
 
 
 def container() -> str:
@@ -102,6 +107,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "cpu": cpu,
     "gpu": gpu,
     "compiler": compiler,
+    "cuda_compiler": cuda_compiler,
     "container": container,
     "host": socket.gethostname,
 }

@@ -1,6 +1,7 @@
-"""Two ways to run a GPU op without a GPU: the CUDA source on the emulator, the Triton source in its interpreter.
+"""Two ways to run a GPU op without a GPU, the CUDA source on the emulator and the Triton source in its interpreter.
+One with a GPU: the compiled library.
 
-Both take the calls of `CudaLibrary`. TRITON_INTERPRET must be set before a kernel is imported: import this first.
+All take the calls of `CudaLibrary`. TRITON_INTERPRET must be set before a kernel is imported: import this first.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -79,12 +80,12 @@ class Emulated(CudaLibrary):
         *shared: torch.Tensor,
         epochs: Sequence[torch.Tensor],
         eps: float,
-        scale: float,
+        inv_scale: torch.Tensor,
     ) -> list[tuple[torch.Tensor, ...]]:
         """Every rank's outputs; the ranks run side by side. `shared`: residual, weight, inbox addresses."""
         self.together(True)
         outputs = [
-            self.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, scale) for rank, part in enumerate(parts)
+            self.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, inv_scale) for rank, part in enumerate(parts)
         ]
         said = self.finish()
         self.together(False)
@@ -118,12 +119,38 @@ class Interpreted:
         *shared: torch.Tensor,
         epochs: Sequence[torch.Tensor],
         eps: float,
-        scale: float,
+        inv_scale: torch.Tensor,
     ) -> list[tuple[torch.Tensor, ...]]:
         """First all push, then all reduce."""
         for rank, part in enumerate(parts):
-            allreduce.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, scale, reduce=False)
+            allreduce.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, inv_scale, reduce=False)
         return [
-            allreduce.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, scale, push=False)
+            allreduce.allreduce_rmsnorm(part, *shared, epochs[rank], rank, eps, inv_scale, push=False)
             for rank, part in enumerate(parts)
         ]
+
+
+class OnGpu:
+    """The compiled library on a real GPU: arguments go there, results come back."""
+
+    def __init__(self, path: Path) -> None:
+        self._library = CudaLibrary(path)
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+            return getattr(self._library, name)(*there).cpu()
+
+        return call
+
+    def made_before(self, *tensors: torch.Tensor) -> None:
+        """Nothing to register."""
+
+    made_by_the_kernel_before = made_before
+
+    def finish(self) -> str:
+        torch.cuda.synchronize()
+        return ""
+
+    def allreduce_of_all_ranks(self, *_: object, **__: object) -> None:
+        pytest.skip("inboxes of several ranks want several GPUs")

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm
+from engine_plugins.ops.compile import compile_cuda
 from engine_plugins.ops.cuda.launch import inbox_bytes
 from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu
 from engine_plugins.ops.formats import Linear
+from engine_plugins.ops.library import architecture_of
 from engine_plugins.ops.moe_top1.reference import moe_top1
 from engine_plugins.ops.qkv_attn_scaling.reference import qkv_attn_scaling
-from tests.engine_plugins.devices import OPS, Emulated, Interpreted, build
+from tests.engine_plugins.devices import OPS, Emulated, Interpreted, OnGpu, build
 from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal, uniform
 
-Gpu = Emulated | Interpreted
+Gpu = Emulated | Interpreted | OnGpu
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,19 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     return Emulated(build(tmp_path_factory.mktemp("emulated") / "kernels.so"))
 
 
-@pytest.fixture(params=["cuda", "triton"])
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> OnGpu:
+    if not torch.cuda.is_available() or shutil.which("nvcc") is None:
+        pytest.skip("no GPU, or no nvcc")
+    plugins = tmp_path_factory.mktemp("compiled")
+    record = compile_cuda(plugins, architecture_of())
+    assert record is not None
+    return OnGpu(plugins / record["file"])
+
+
+@pytest.fixture(params=["emulated", "interpreted", "on_gpu"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[Gpu]:
-    device = request.getfixturevalue("emulated") if request.param == "cuda" else Interpreted()
+    device = Interpreted() if request.param == "interpreted" else request.getfixturevalue(request.param)
     yield device
     assert device.finish() == ""
 
@@ -69,6 +81,11 @@ def test_bf16_gemm(gpu: Gpu, m: int, n: int, k: int) -> None:
 def test_a_row_larger_than_the_registers_is_loaded_in_batches(gpu: Gpu) -> None:
     x, w, scale = codes(3, 16384, seed=3), codes(8, 16384, seed=4), torch.ones(8)
     check_gemm(gemm(gpu, x, w, scale), x, w, scale)
+
+
+def test_one_scale_for_all_rows(gpu: Gpu) -> None:
+    x, w = codes(3, 64), codes(24, 64, seed=1)
+    check_gemm(gemm(gpu, x, w, torch.tensor([0.125])), x, w, torch.full((24,), 0.125))
 
 
 @pytest.mark.parametrize("value", [448.0, -448.0, 2.0**-9, 0.0])
@@ -112,7 +129,7 @@ def test_fc13_swiglu(gpu: Gpu, m: int, f: int, k: int, gain: float) -> None:
     x, w, scale = codes(m, k), codes(2 * f, k, seed=2, high=4.0), uniform(2 * f, low=1e-3, high=1e-2) * gain
     gpu.made_before(w)
     gpu.made_by_the_kernel_before(x)
-    h = gpu.fc13_swiglu(x, w, scale * in_scale, out_scale)
+    h = gpu.fc13_swiglu(x, w, scale * in_scale, torch.tensor([1 / out_scale]))
     gate, up = (Linear(part, in_scale) for part in (w.float() * scale[:, None]).chunk(2))
     expected = fc13_swiglu(x.float() * in_scale, gate, up) / out_scale
     assert_within_one_step(h, expected, 1e-5 * expected.abs())
@@ -165,7 +182,13 @@ def test_moe_top1(gpu: Gpu, m: int, experts: int, hidden: int, width: int, routi
     gpu.made_by_the_kernel_before(x8, x, logits)
     y = gpu.moe_top1(
         *(x8, x, logits, shared13, s13[0] * in_scale, shared2, s2[:1] * shared_h),
-        *(routed13, s13[1:] * routed_in, routed2, s2[1:] * routed_h, routed_in, shared_h, routed_h),
+        *(
+            routed13,
+            s13[1:] * routed_in,
+            routed2,
+            s2[1:] * routed_h,
+            torch.tensor([1 / routed_in, 1 / shared_h, 1 / routed_h]),
+        ),
     )
 
     def expert(i: int, scale: float, h_scale: float) -> tuple[Linear, Linear, Linear]:
@@ -190,7 +213,9 @@ def test_allreduce_rmsnorm(gpu: Gpu, ranks: int, m: int, hidden: int) -> None:
         parts = [normal(m, hidden, seed=10 * call + r).bfloat16() for r in range(ranks)]
         residual = normal(m, hidden, seed=99).bfloat16() * 3
         gpu.made_by_the_kernel_before(residual, *parts)
-        outputs = gpu.allreduce_of_all_ranks(parts, residual, weight, addresses, epochs=epochs, eps=eps, scale=scale)
+        outputs = gpu.allreduce_of_all_ranks(
+            parts, residual, weight, addresses, epochs=epochs, eps=eps, inv_scale=torch.tensor([1 / scale])
+        )
         y, new = allreduce_rmsnorm([p.float() for p in parts], residual.float(), weight, eps)
         for y8, y16, residual_out in outputs:
             assert_within_one_step(residual_out, new, 1e-6)
@@ -209,7 +234,7 @@ def test_a_rank_that_never_comes_is_a_deadlock_not_a_wrong_sum(emulated: Emulate
     emulated.together(True)
     emulated.made_before(part)
     addresses, epoch = torch.tensor([inbox.data_ptr() for inbox in inboxes]), torch.zeros(8, dtype=torch.int32)
-    emulated.allreduce_rmsnorm(part, part, weight, addresses, epoch, 0, 1e-5, 1.0)
+    emulated.allreduce_rmsnorm(part, part, weight, addresses, epoch, 0, 1e-5, torch.ones(1))
     said = emulated.finish()
     emulated.together(False)
     assert "deadlock" in said

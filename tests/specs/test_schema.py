@@ -98,3 +98,13 @@ def test_every_plain_number_has_a_unit_or_limits() -> None:
         for key, field in section["properties"].items():
             if field.get("type") in ("integer", "number") and "const" not in field:
                 assert "x-unit" in field or {"minimum", "exclusiveMinimum"} & set(field), key
+
+
+def test_gpu_architecture_is_one_that_the_ops_are_written_for() -> None:
+    from engine_plugins.ops.compile import ARCHITECTURES
+
+    assert load_spec(TINY).engine.gpu_architecture is None
+    for architecture in ARCHITECTURES:
+        assert load_spec(TINY, [f"engine.gpu_architecture={architecture}"]).engine.gpu_architecture == architecture
+    with pytest.raises(SpecError, match="sm_90a"):
+        load_spec(TINY, ["engine.gpu_architecture=sm_70"])

@@ -12,4 +12,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "H": Axis(2, 1 << 20, 2), "R": Axis(1, 8)},
     inputs={"part_RMH": "fp32", "residual_MH": "fp32", "weight_H": "fp32"},
     outputs={"y_MH": "fp32 on the E4M3 grid", "residual_MH": "fp32"},
+    gpu_axes={"M": Axis(1, 8), "H": Axis(8, 8192, 8)},
 )

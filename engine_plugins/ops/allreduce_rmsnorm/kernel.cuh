@@ -25,8 +25,9 @@ struct Norm {
   const float* weight_H;
   uint16_t *y_MH, *residual_out_MH;
   uint8_t* y8_MH;                 // null: no E4M3 output
+  const float* inv_out_scale;
   int hidden;
-  float eps, inv_out_scale;
+  float eps;
 };
 
 KT_INLINE uint8_t* inbox_cell(const Exchange& e, int of, uint32_t epoch, int source, int token, int hidden, int thread) {
@@ -92,7 +93,7 @@ KT_KERNEL(1024, 1) allreduce_rmsnorm_kernel(Norm a, Exchange e) {
     y[i] = value[i] * factor * weight[i];
     a.residual_out_MH[at + i] = float_to_bf16(value[i]);
     a.y_MH[at + i] = float_to_bf16(y[i]);
-    y[i] *= a.inv_out_scale;
+    y[i] *= a.inv_out_scale[0];
   }
   if (!a.y8_MH) return;
   *(uint2*)(a.y8_MH + at) = uint2{pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7])};

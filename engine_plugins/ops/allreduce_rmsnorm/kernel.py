@@ -13,6 +13,8 @@ import triton.language as tl
 
 from engine_plugins.ops.tiles import MAX_TOKENS, to_bf16, to_e4m3
 
+NUM_WARPS = 8  # a whole row is in registers
+
 
 @triton.jit
 def low_half(word):
@@ -33,7 +35,7 @@ def inbox_row(inbox_R, of, epoch, source, token, RANKS: tl.constexpr, TOKENS: tl
 
 @triton.jit
 def allreduce_kernel(
-    part, residual, weight, inbox_R, epoch_M, y8, y, residual_out, rank, W, eps, inv_out_scale,
+    part, residual, weight, inbox_R, epoch_M, y8, y, residual_out, inv_out_scale, rank, W, eps,
     RANKS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_W: tl.constexpr, PUSH: tl.constexpr, REDUCE: tl.constexpr,
 ):  # fmt: skip
     token, word = tl.program_id(0), tl.arange(0, BLOCK_W)
@@ -61,12 +63,13 @@ def allreduce_kernel(
         factor = 1.0 / tl.sqrt(tl.sum(even * even + odd * odd, axis=0) / (2 * W) + eps)
         tl.store(residual_out + 2 * at, to_bf16(even), mask=live)
         tl.store(residual_out + 2 * at + 1, to_bf16(odd), mask=live)
+        finer = tl.load(inv_out_scale)
         even = even * factor * tl.load(weight + 2 * word, mask=live, other=0.0)
         odd = odd * factor * tl.load(weight + 2 * word + 1, mask=live, other=0.0)
         tl.store(y + 2 * at, to_bf16(even), mask=live)
         tl.store(y + 2 * at + 1, to_bf16(odd), mask=live)
-        tl.store(y8 + 2 * at, to_e4m3(even * inv_out_scale), mask=live)
-        tl.store(y8 + 2 * at + 1, to_e4m3(odd * inv_out_scale), mask=live)
+        tl.store(y8 + 2 * at, to_e4m3(even * finer), mask=live)
+        tl.store(y8 + 2 * at + 1, to_e4m3(odd * finer), mask=live)
         tl.store(epoch_M + token, epoch)
 
 
@@ -78,7 +81,7 @@ def allreduce_rmsnorm(
     epoch_M: torch.Tensor,
     rank: int,
     eps: float,
-    out_scale: float,
+    inv_out_scale: torch.Tensor,
     *,
     push: bool = True,
     reduce: bool = True,
@@ -90,11 +93,12 @@ def allreduce_rmsnorm(
     y_MH, residual_out_MH = torch.empty_like(part_MH), torch.empty_like(part_MH)
     allreduce_kernel[(M,)](
         *(part_MH.view(torch.int32), residual_MH.view(torch.int32), weight_H, inbox_R, epoch_M),
-        *(y8_MH, y_MH, residual_out_MH, rank, H // 2, eps, 1.0 / out_scale),
+        *(y8_MH, y_MH, residual_out_MH, inv_out_scale, rank, H // 2, eps),
         RANKS=len(inbox_R),
         TOKENS=MAX_TOKENS,
         BLOCK_W=triton.next_power_of_2(H // 2),
         PUSH=push,
         REDUCE=reduce,
+        num_warps=NUM_WARPS,
     )
     return y8_MH, y_MH, residual_out_MH

@@ -11,4 +11,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "D": Axis(16, 256, 16), "S": Axis(1, 1 << 20)},
     inputs={"q_MHD": "fp32", "k_SHD": "e4m3 or bf16 cache", "v_SHD": "e4m3 or bf16 cache"},
     outputs={"o_MHD": "fp32"},
+    gpu_axes={"M": Axis(1, 8), "D": Axis(16, 256, 16)},
 )

@@ -43,33 +43,33 @@ static int threads_for(const Cut& cut) { return kWarp * cut.slices * cut.tiles; 
 
 extern "C" {
 
-int kt_gemm_low_latency(int format, const void* x, const void* w, const float* scale_N, void* y, int tokens, int rows, int row_bytes,
-                        void* stream) {
+int kt_gemm_low_latency(int format, const void* x, const void* w, const float* scale, int scale_step, void* y, int tokens, int rows,
+                        int row_bytes, void* stream) {
   const Cut cut = cut_for(rows, row_bytes, kBatch);
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
-  const ScaledBf16 finish{scale_N, (uint16_t*)y, rows};
+  const ScaledBf16 finish{{scale, scale_step}, (uint16_t*)y, rows};
   const bool wide = tokens > kNarrowTokens;
   auto kernel = format == kE4m3 ? (wide ? gemm_low_latency_kernel<kE4m3, true> : gemm_low_latency_kernel<kE4m3, false>)
                                 : (wide ? gemm_low_latency_kernel<kBf16, true> : gemm_low_latency_kernel<kBf16, false>);
   return launch(kernel, grid_for(cut, rows), threads_for(cut), stream, w, activations, finish, cut);
 }
 
-int kt_qkv_attn_scaling(const void* x, const void* w, const float* scale_N, const int64_t* position_M, const void* cos_sin, void* y,
-                        int tokens, int rows, int hidden, int q_rows, int k_rows, int head_dim, float floor_scale, float attn_scale,
-                        void* stream) {
+int kt_qkv_attn_scaling(const void* x, const void* w, const float* scale, int scale_step, const int64_t* position_M,
+                        const void* cos_sin, void* y, int tokens, int rows, int hidden, int q_rows, int k_rows, int head_dim,
+                        float floor_scale, float attn_scale, void* stream) {
   const Cut cut = cut_for(rows, hidden, kBatch);
   const Stored activations{(const uint8_t*)x, tokens, hidden};
-  const Positioned finish{{scale_N, (uint16_t*)y, rows}, position_M, (const float2*)cos_sin, q_rows, k_rows, head_dim, floor_scale,
-                          attn_scale};
+  const Positioned finish{{{scale, scale_step}, (uint16_t*)y, rows}, position_M, (const float2*)cos_sin, q_rows, k_rows, head_dim,
+                          floor_scale, attn_scale};
   return launch(qkv_attn_scaling_kernel, grid_for(cut, rows), threads_for(cut), stream, w, activations, finish, cut);
 }
 
-int kt_fc13_swiglu(const void* x, const void* w, const float* scale_2F, void* h, int tokens, int width, int hidden,
-                   float inv_out_scale, void* stream) {
+int kt_fc13_swiglu(const void* x, const void* w, const float* scale, int scale_step, const float* inv_out_scale, void* h, int tokens,
+                   int width, int hidden, void* stream) {
   const Cut cut = cut_for(width, hidden, kBatch);
   const Stored activations{(const uint8_t*)x, tokens, hidden};
   return launch(fc13_swiglu_kernel, grid_for(cut, width), threads_for(cut), stream, w, activations,
-                Gated{scale_2F, (uint8_t*)h, width, inv_out_scale}, cut);
+                Gated{{scale, scale_step}, inv_out_scale, (uint8_t*)h, width}, cut);
 }
 
 int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int experts, int hidden, void* stream) {

@@ -28,9 +28,8 @@ class _Moe(ctypes.Structure):
     _fields_: ClassVar[list[Any]] = [
         *((name, _POINTER) for name in ("x8", "x", "logits", "shared13", "shared2", "routed13", "routed2")),
         *((name, _POINTER) for name in ("shared13_scale", "routed13_scale", "shared2_scale", "routed2_scale")),
-        *((name, _POINTER) for name in ("shared_h", "routed_h", "y")),
+        *((name, _POINTER) for name in ("inv_scale", "shared_h", "routed_h", "y")),
         *((name, _INT) for name in ("tokens", "hidden", "width", "experts")),
-        *((name, _FLOAT) for name in ("inv_routed_in", "inv_shared_h", "inv_routed_h")),
     ]
 
 
@@ -38,10 +37,9 @@ class _Norm(ctypes.Structure):
     """`struct Norm` of allreduce_rmsnorm/kernel.cuh."""
 
     _fields_: ClassVar[list[Any]] = [
-        *((name, _POINTER) for name in ("part", "residual", "weight", "y", "residual_out", "y8")),
+        *((name, _POINTER) for name in ("part", "residual", "weight", "y", "residual_out", "y8", "inv_out_scale")),
         ("hidden", _INT),
         ("eps", _FLOAT),
-        ("inv_out_scale", _FLOAT),
     ]
 
 
@@ -72,20 +70,20 @@ class CudaLibrary:
         """What one kernel of an op leaves for the next."""
         return like.new_empty(shape)
 
-    def gemm_low_latency(self, x_MK: torch.Tensor, w_NK: torch.Tensor, scale_N: torch.Tensor | None) -> torch.Tensor:
-        """BF16 [M, N]; E4M3 or BF16 operands, both the same."""
+    def gemm_low_latency(self, x_MK: torch.Tensor, w_NK: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """BF16 [M, N]; E4M3 or BF16 operands, both the same. A scale is one number or one per row, here and below."""
         y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
         dtype = BF16 if w_NK.dtype == torch.bfloat16 else E4M3
         sizes = (_INT(x_MK.shape[0]), _INT(w_NK.shape[0]), _INT(x_MK.shape[1] * x_MK.element_size()))
-        self._call("gemm_low_latency", x_MK, _INT(dtype), _at(x_MK), _at(w_NK), _at(scale_N), _at(y_MN), *sizes)
+        self._call("gemm_low_latency", x_MK, _INT(dtype), _at(x_MK), _at(w_NK), *_scale(scale), _at(y_MN), *sizes)
         return y_MN
 
     def qkv_attn_scaling(
         self,
         x_MK: torch.Tensor,
         w_NK: torch.Tensor,
-        scale_N: torch.Tensor,
-        position_M: torch.Tensor,
+        scale: torch.Tensor,
+        position_M: torch.Tensor | None,
         cos_sin_SP2: torch.Tensor | None,
         q_rows: int,
         k_rows: int,
@@ -95,19 +93,19 @@ class CudaLibrary:
     ) -> torch.Tensor:
         """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0."""
         y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
-        pointers = (_at(x_MK), _at(w_NK), _at(scale_N), _at(position_M), _at(cos_sin_SP2), _at(y_MN))
+        pointers = (_at(x_MK), _at(w_NK), *_scale(scale), _at(position_M), _at(cos_sin_SP2), _at(y_MN))
         sizes = (_INT(n) for n in (x_MK.shape[0], w_NK.shape[0], x_MK.shape[1], q_rows, k_rows, head_dim))
         self._call("qkv_attn_scaling", x_MK, *pointers, *sizes, _FLOAT(floor_scale), _FLOAT(attn_scale))
         return y_MN
 
     def fc13_swiglu(
-        self, x_MK: torch.Tensor, w_2FK: torch.Tensor, scale_2F: torch.Tensor, out_scale: float
+        self, x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor, inv_out_scale: torch.Tensor
     ) -> torch.Tensor:
-        """E4M3 [M, F] in units of out_scale, the down projection's input scale."""
+        """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale."""
         h_MF = x_MK.new_empty((x_MK.shape[0], w_2FK.shape[0] // 2), dtype=torch.float8_e4m3fn)
         sizes = (_INT(x_MK.shape[0]), _INT(h_MF.shape[1]), _INT(x_MK.shape[1]))
-        pointers = (_at(x_MK), _at(w_2FK), _at(scale_2F), _at(h_MF))
-        self._call("fc13_swiglu", x_MK, *pointers, *sizes, _FLOAT(1.0 / out_scale))
+        pointers = (_at(x_MK), _at(w_2FK), *_scale(scale), _at(inv_out_scale), _at(h_MF))
+        self._call("fc13_swiglu", x_MK, *pointers, *sizes)
         return h_MF
 
     def router(self, x_MK: torch.Tensor, w_EK: torch.Tensor) -> torch.Tensor:
@@ -130,20 +128,20 @@ class CudaLibrary:
         routed13_scale_E2F: torch.Tensor,
         routed2_EKF: torch.Tensor,
         routed2_scale_E: torch.Tensor,
-        routed_in_scale: float,
-        shared_h_scale: float,
-        routed_h_scale: float,
+        inv_scale_3: torch.Tensor,
     ) -> torch.Tensor:
-        """BF16 [M, K]: shared expert plus each token's best one."""
+        """BF16 [M, K]: shared expert plus each token's best one.
+
+        `inv_scale_3` holds 1 / the input scales of routed FC13, shared FC2 and routed FC2.
+        """
         (tokens, hidden), width = x_MK.shape, shared2_KF.shape[1]
         y_MK = torch.empty_like(x_MK)
         shared_h, routed_h = self._scratch(x8_MK, tokens, width), self._scratch(x8_MK, tokens, width)
         tensors = (x8_MK, x_MK, logits_ME, shared13_2FK, shared2_KF, routed13_E2FK, routed2_EKF)
-        scales = (shared13_scale_2F, routed13_scale_E2F, shared2_scale, routed2_scale_E)
+        scales = (shared13_scale_2F, routed13_scale_E2F, shared2_scale, routed2_scale_E, inv_scale_3)
         arguments = _Moe(
             *(t.data_ptr() for t in (*tensors, *scales, shared_h, routed_h, y_MK)),
             *(tokens, hidden, width, logits_ME.shape[1]),
-            *(1.0 / scale for scale in (routed_in_scale, shared_h_scale, routed_h_scale)),
         )
         self._call("moe_top1", x_MK, ctypes.byref(arguments))
         return y_MK
@@ -157,19 +155,23 @@ class CudaLibrary:
         epoch_M: torch.Tensor,
         rank: int,
         eps: float,
-        out_scale: float,
+        inv_out_scale: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(E4M3 norm, BF16 norm, BF16 residual), each [M, H]; `inbox_R` holds every rank's inbox address as int64."""
         y8_MH = torch.empty_like(part_MH, dtype=torch.float8_e4m3fn)
         y_MH, residual_out_MH = torch.empty_like(part_MH), torch.empty_like(part_MH)
         norm = _Norm(
-            *(t.data_ptr() for t in (part_MH, residual_MH, weight_H, y_MH, residual_out_MH, y8_MH)),
-            *(part_MH.shape[1], eps, 1.0 / out_scale),
+            *(t.data_ptr() for t in (part_MH, residual_MH, weight_H, y_MH, residual_out_MH, y8_MH, inv_out_scale)),
+            *(part_MH.shape[1], eps),
         )
         exchange = _Exchange(inbox_R.data_ptr(), epoch_M.data_ptr(), rank, len(inbox_R))
         arguments = (ctypes.byref(norm), ctypes.byref(exchange), _INT(part_MH.shape[0]))
         self._call("allreduce_rmsnorm", part_MH, *arguments)
         return y8_MH, y_MH, residual_out_MH
+
+
+def _scale(scale: torch.Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_int]:
+    return _at(scale), _INT(0 if scale is None or scale.numel() == 1 else 1)
 
 
 def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -11,4 +11,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "K": Axis(2, 1 << 20, 2), "F": Axis(1, 1 << 20)},
     inputs={"x_MK": "fp32 on the E4M3 grid", "gate_FK": "e4m3 or bf16", "up_FK": "e4m3 or bf16"},
     outputs={"h_MF": "fp32 on the E4M3 grid of the down projection's input scale"},
+    gpu_axes={"M": Axis(1, 8), "K": Axis(16, 1 << 17, 16)},
 )

@@ -10,15 +10,15 @@ namespace kilotok {
 
 // h [M, F] E4M3 = silu(gate) * up / scale of the next layer's input. Rows are [gate F | up F].
 struct Gated {
-  const float* scale_2F;
+  RowScale scale;
+  const float* inv_out_scale;
   uint8_t* h;
   int width;
-  float inv_out_scale;
 
   KT_INLINE float value(int f, float gate, float up) const {
-    gate *= scale_2F[f];
-    up *= scale_2F[width + f];
-    return gate * sigmoid(gate) * up * inv_out_scale;
+    gate *= scale[f];
+    up *= scale[width + f];
+    return gate * sigmoid(gate) * up * inv_out_scale[0];
   }
   KT_INLINE void operator()(int token, int f, const float2 (&sum)[2]) const {
     if (f >= width) return;

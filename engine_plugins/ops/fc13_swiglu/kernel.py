@@ -10,34 +10,36 @@ import torch
 import triton
 import triton.language as tl
 
-from engine_plugins.ops.tiles import ROWS, dot_rows, to_e4m3
+from engine_plugins.ops.tiles import ROWS, dot_rows, scale_step, to_e4m3
 
 BLOCK_F, BLOCK_K = 16, 256
 
 
 @triton.jit
-def swiglu(gate, up, scale, F, f, inv_out_scale):
+def swiglu(gate, up, scale, step, F, f, inv_out_scale):
     """E4M3 of silu(gate) * up, both times their row scales."""
-    gate = gate * tl.load(scale + f, mask=f < F, other=0.0)[None, :]
-    up = up * tl.load(scale + F + f, mask=f < F, other=0.0)[None, :]
-    return to_e4m3(gate / (1.0 + tl.exp(-gate)) * up * inv_out_scale)
+    gate = gate * tl.load(scale + f * step, mask=f < F, other=0.0)[None, :]
+    up = up * tl.load(scale + (F + f) * step, mask=f < F, other=0.0)[None, :]
+    return to_e4m3(gate / (1.0 + tl.exp(-gate)) * up * tl.load(inv_out_scale))
 
 
 @triton.jit
-def fc13_kernel(x, w, scale, h, M, F, K, inv_out_scale, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr):
+def fc13_kernel(x, w, scale, h, M, F, K, inv_out_scale, scale_step, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr):
     m, first = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_F
     f = first + tl.arange(0, BLOCK_F)
     gate = dot_rows(x, m < M, w, F, K, first, BLOCK_F, BLOCK_K)
     up = dot_rows(x, m < M, w + F.to(tl.int64) * K, F, K, first, BLOCK_F, BLOCK_K)
-    value = swiglu(gate, up, scale, F, f, inv_out_scale)
+    value = swiglu(gate, up, scale, scale_step, F, f, inv_out_scale)
     tl.store(h + m[:, None] * F + f[None, :], value, mask=(m < M)[:, None] & (f < F)[None, :])
 
 
-def fc13_swiglu(x_MK: torch.Tensor, w_2FK: torch.Tensor, scale_2F: torch.Tensor, out_scale: float) -> torch.Tensor:
-    """E4M3 [M, F] in units of out_scale."""
+def fc13_swiglu(
+    x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor, inv_out_scale: torch.Tensor
+) -> torch.Tensor:
+    """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale."""
     (M, K), F = x_MK.shape, w_2FK.shape[0] // 2
     h_MF = torch.empty((M, F), dtype=torch.float8_e4m3fn, device=x_MK.device)
     fc13_kernel[(triton.cdiv(F, BLOCK_F),)](
-        x_MK, w_2FK, scale_2F, h_MF, M, F, K, 1.0 / out_scale, BLOCK_F=BLOCK_F, BLOCK_K=BLOCK_K
+        x_MK, w_2FK, scale, h_MF, M, F, K, inv_out_scale, scale_step(scale), BLOCK_F=BLOCK_F, BLOCK_K=BLOCK_K
     )
     return h_MF

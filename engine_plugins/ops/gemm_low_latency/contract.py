@@ -13,4 +13,5 @@ CONTRACT = OpContract(
     inputs={"x_MK": "fp32, rounded to E4M3 by the caller", "w_NK": "e4m3 or bf16", "scale_N": "fp32"},
     outputs={"y_MN": "fp32"},
     notes="each row is summed over k in order, whatever M is: batch invariant",
+    gpu_axes={"M": Axis(1, 16), "K": Axis(16, 1 << 17, 16)},
 )

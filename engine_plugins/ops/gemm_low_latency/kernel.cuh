@@ -148,13 +148,20 @@ KT_INLINE void skinny_gemm(const void* w, int rows, int stride_rows, const Activ
   finish_sums<Tiles>(shared, cut, x.tokens, finish);
 }
 
-// y [M, N] BF16 = sums * scale_N; a null scale is 1 (BF16 weights).
+// One number for all rows (step 0) or one per row (step 1); none at all is 1.
+struct RowScale {
+  const float* at;
+  int step;
+  KT_INLINE float operator[](int n) const { return at ? at[n * step] : 1.0f; }
+};
+
+// y [M, N] BF16 = sums * scale.
 struct ScaledBf16 {
-  const float* scale_N;
+  RowScale scale;
   uint16_t* y;
   int rows;
   KT_INLINE void put(int token, int n, float value) const {
-    if (n < rows) y[(long long)token * rows + n] = float_to_bf16(scale_N ? value * scale_N[n] : value);
+    if (n < rows) y[(long long)token * rows + n] = float_to_bf16(value * scale[n]);
   }
   KT_INLINE void operator()(int token, int n, const float2 (&sum)[1]) const {
     put(token, n, sum[0].x);

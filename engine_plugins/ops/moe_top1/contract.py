@@ -11,4 +11,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "K": Axis(2, 1 << 20, 2), "E": Axis(1, 1024), "F": Axis(1, 1 << 20)},
     inputs={"x_MK": "fp32", "expert_M": "int", "score_M": "fp32"},
     outputs={"y_MK": "fp32"},
+    gpu_axes={"M": Axis(1, 8), "K": Axis(16, 1 << 17, 16), "F": Axis(16, 1 << 17, 16)},
 )

@@ -18,10 +18,10 @@ struct Moe {
   const float* logits_ME;
   const uint8_t *shared13_2FK, *shared2_KF, *routed13_E2FK, *routed2_EKF;
   const float *shared13_scale_2F, *routed13_scale_E2F, *shared2_scale, *routed2_scale_E;  // weight times input scale
+  const float* inv_scale_3;  // 1 / input scale of: routed FC13, shared FC2, routed FC2
   uint8_t *shared_h_MF, *routed_h_MF;
   uint16_t* y_MK;
   int tokens, hidden, width, experts;
-  float inv_routed_in, inv_shared_h, inv_routed_h;  // 1 / input scale of: routed FC13, shared FC2, routed FC2
 };
 
 // Activations of the tokens that chose `wanted`, times their score, rounded to E4M3. `offset` counts E4M3 values.
@@ -63,15 +63,15 @@ KT_KERNEL(256, 2) moe_fc13_kernel(Moe a, Cut cut) {
   grid_launch_dependents();
   if (blockIdx.y == 0) {
     const Stored x{a.x8_MK, a.tokens, a.hidden};
-    skinny_gemm<kE4m3, 2, false>(a.shared13_2FK, a.width, a.width, x, cut, Gated{a.shared13_scale_2F, a.shared_h_MF, a.width, a.inv_shared_h});
+    skinny_gemm<kE4m3, 2, false>(a.shared13_2FK, a.width, a.width, x, cut, Gated{{a.shared13_scale_2F, 1}, a.inv_scale_3 + 1, a.shared_h_MF, a.width});
     return;
   }
   grid_wait();
   route(a.logits_ME, a.tokens, a.experts, expert_M, score_M, chosen_S);
   const int expert = chosen_S[blockIdx.y - 1];
   if (expert < 0) return;
-  const Scored x{a.x_MK, expert_M, score_M, expert, a.inv_routed_in, a.tokens, a.hidden};
-  const Gated gated{a.routed13_scale_E2F + (long long)expert * 2 * a.width, a.routed_h_MF, a.width, a.inv_routed_h};
+  const Scored x{a.x_MK, expert_M, score_M, expert, a.inv_scale_3[0], a.tokens, a.hidden};
+  const Gated gated{{a.routed13_scale_E2F + (long long)expert * 2 * a.width, 1}, a.inv_scale_3 + 2, a.routed_h_MF, a.width};
   skinny_gemm<kE4m3, 2, false>(a.routed13_E2FK + (long long)expert * 2 * a.width * a.hidden, a.width, a.width, x, cut,
                         GatedOfExpert{gated, expert_M, expert});
 }
@@ -124,7 +124,7 @@ KT_KERNEL(256, 3) moe_fc2_kernel(Moe a, Cut cut) {
   }
   put_sums<1>(shared, total);
   __syncthreads();
-  finish_sums<1>(shared, cut, a.tokens, ScaledBf16{nullptr, a.y_MK, a.hidden});
+  finish_sums<1>(shared, cut, a.tokens, ScaledBf16{{nullptr, 0}, a.y_MK, a.hidden});
 }
 
 }  // namespace kilotok

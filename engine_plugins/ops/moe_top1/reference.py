@@ -6,7 +6,7 @@ Legend: M rows, K hidden, E experts. An expert is (gate, up, down).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,10 +19,17 @@ Expert = tuple[Linear, Linear, Linear]
 
 def moe_top1(x_MK: torch.Tensor, router_EK: torch.Tensor, experts: Sequence[Expert], shared: Expert) -> torch.Tensor:
     """[M, K] -> [M, K]: shared(x) + expert(score * x)."""
-    expert_M, score_M = router(x_MK, router_EK)
-    out_MK = shared[2](fc13_swiglu(x_MK, shared[0], shared[1]))
-    for index, (gate, up, down) in enumerate(experts):
+    gate, up, down = shared
+    return down(fc13_swiglu(x_MK, gate, up)) + routed(x_MK, *router(x_MK, router_EK), experts)
+
+
+def routed(
+    x_MK: torch.Tensor, expert_M: torch.Tensor, score_M: torch.Tensor, experts: Sequence[Expert] | Mapping[int, Expert]
+) -> torch.Tensor:
+    """[M, K] -> [M, K]: each row's expert on score * x; only the chosen experts are looked up."""
+    out_MK = torch.zeros_like(x_MK)
+    for index in expert_M.unique().tolist():
+        gate, up, down = experts[index]
         rows = (expert_M == index).nonzero().squeeze(1)
-        if rows.numel():
-            out_MK[rows] += down(fc13_swiglu(x_MK[rows] * score_M[rows, None], gate, up))
+        out_MK[rows] = down(fc13_swiglu(x_MK[rows] * score_M[rows, None], gate, up))
     return out_MK

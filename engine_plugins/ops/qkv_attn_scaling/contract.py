@@ -11,4 +11,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "H": Axis(2, 1 << 20, 2), "D": Axis(16, 256, 16)},
     inputs={"x_MH": "fp32", "position_M": "int"},
     outputs={"q_MHD": "fp32", "k_MHD": "fp32", "v_MHD": "fp32"},
+    gpu_axes={"M": Axis(1, 8), "H": Axis(16, 1 << 17, 16)},
 )

@@ -18,7 +18,7 @@ struct Positioned {
 
   KT_INLINE void operator()(int token, int n, const float2 (&sum)[1]) const {
     if (n >= out.rows) return;
-    float even = sum[0].x * out.scale_N[n], odd = n + 1 < out.rows ? sum[0].y * out.scale_N[n + 1] : 0.0f;
+    float even = sum[0].x * out.scale[n], odd = n + 1 < out.rows ? sum[0].y * out.scale[n + 1] : 0.0f;
     if (cos_sin_SP2 && n < q_rows + k_rows) {
       const float2 turn = cos_sin_SP2[position_M[token] * (head_dim / 2) + n % head_dim / 2];
       const float first = even * turn.x - odd * turn.y;

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from engine_plugins.ops.tiles import ROWS, to_bf16
+from engine_plugins.ops.tiles import ROWS, scale_step, to_bf16
 
 BLOCK_P, BLOCK_K = 16, 256
 
@@ -18,7 +18,7 @@ BLOCK_P, BLOCK_K = 16, 256
 @triton.jit
 def qkv_kernel(
     x, w, scale, position, cos_sin, y, M, N, K, q_rows, rotated_rows, head_dim, floor_scale, attn_scale,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ROPE: tl.constexpr, TEMPERATURE: tl.constexpr,
+    scale_step, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ROPE: tl.constexpr, TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     m, pair = tl.arange(0, ROWS), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     n, live = 2 * pair, m < M
@@ -30,15 +30,16 @@ def qkv_kernel(
         inside = (n < N)[None, :] & (k < K)[:, None]
         even = tl.dot(a, tl.load(at, mask=inside, other=0.0).to(tl.float16), even)
         odd = tl.dot(a, tl.load(at + K, mask=inside, other=0.0).to(tl.float16), odd)
-    even = even * tl.load(scale + n, mask=n < N, other=0.0)[None, :]
-    odd = odd * tl.load(scale + n + 1, mask=n < N, other=0.0)[None, :]
-    at_position = tl.load(position + m, mask=live, other=0)
+    even = even * tl.load(scale + n * scale_step, mask=n < N, other=0.0)[None, :]
+    odd = odd * tl.load(scale + (n + 1) * scale_step, mask=n < N, other=0.0)[None, :]
     if ROPE:
+        at_position = tl.load(position + m, mask=live, other=0)
         turned = (n < rotated_rows)[None, :] & live[:, None]
         entry = cos_sin + at_position[:, None] * head_dim + (n % head_dim)[None, :]
         cos, sin = tl.load(entry, mask=turned, other=1.0), tl.load(entry + 1, mask=turned, other=0.0)
         even, odd = even * cos - odd * sin, even * sin + odd * cos
     if TEMPERATURE:
+        at_position = tl.load(position + m, mask=live, other=0)
         factor = tl.log(tl.floor((at_position.to(tl.float32) + 1.0) / floor_scale) + 1.0) * attn_scale + 1.0
         factor = tl.where((n < q_rows)[None, :], factor[:, None], 1.0)
         even, odd = even * factor, odd * factor
@@ -50,8 +51,8 @@ def qkv_kernel(
 def qkv_attn_scaling(
     x_MK: torch.Tensor,
     w_NK: torch.Tensor,
-    scale_N: torch.Tensor,
-    position_M: torch.Tensor,
+    scale: torch.Tensor,
+    position_M: torch.Tensor | None,
     cos_sin_SP2: torch.Tensor | None,
     q_rows: int,
     k_rows: int,
@@ -62,10 +63,11 @@ def qkv_attn_scaling(
     """BF16 [M, N]; rotated with a table, scaled with a floor_scale above 0."""
     (M, K), N = x_MK.shape, w_NK.shape[0]
     y_MN = torch.empty((M, N), dtype=torch.bfloat16, device=x_MK.device)
-    table = scale_N if cos_sin_SP2 is None else cos_sin_SP2
+    table = scale if cos_sin_SP2 is None else cos_sin_SP2
+    position = x_MK if position_M is None else position_M
     qkv_kernel[(triton.cdiv(N // 2, BLOCK_P),)](
-        *(x_MK, w_NK, scale_N, position_M, table, y_MN, M, N, K, q_rows, q_rows + k_rows, head_dim),
-        *(floor_scale, attn_scale),
+        *(x_MK, w_NK, scale, position, table, y_MN, M, N, K, q_rows, q_rows + k_rows, head_dim),
+        *(floor_scale, attn_scale, scale_step(scale)),
         BLOCK_P=BLOCK_P,
         BLOCK_K=BLOCK_K,
         ROPE=cos_sin_SP2 is not None,

@@ -15,9 +15,13 @@ from engine_plugins.ops.formats import Linear
 def apply_rope(
     x_MHD: torch.Tensor, position_M: torch.Tensor, inv_freq: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    """Rotate pairs (2i, 2i+1) when interleaved (Llama 4), else (i, i + D/2) (Llama 3)."""
+    """Rotate every head by its position's angles."""
     angle_M1F = (position_M.float()[:, None] * inv_freq[None, :])[:, None, :]
-    cos, sin = angle_M1F.cos(), angle_M1F.sin()
+    return rotate(x_MHD, angle_M1F.cos(), angle_M1F.sin(), interleaved)
+
+
+def rotate(x_MHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate pairs (2i, 2i+1) when interleaved (Llama 4), else (i, i + D/2) (Llama 3); angles are [M, 1, D/2]."""
     if interleaved:
         even, odd = x_MHD[..., 0::2], x_MHD[..., 1::2]
         return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -11,4 +11,5 @@ CONTRACT = OpContract(
     axes={"M": Axis(1, 4096), "K": Axis(2, 1 << 20, 2), "E": Axis(1, 1024)},
     inputs={"x_MK": "fp32, not quantized", "w_EK": "bf16"},
     outputs={"expert_M": "int", "score_M": "fp32"},
+    gpu_axes={"M": Axis(1, 8), "K": Axis(8, 1 << 16, 8)},
 )

@@ -10,7 +10,11 @@ import torch
 
 
 def router(x_MK: torch.Tensor, weight_EK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top1` of the logits x W^T."""
+    return top1(x_MK @ weight_EK.T)
+
+
+def top1(logits_ME: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Chosen expert [M] (the lowest index wins a tie) and sigmoid of its logit [M]."""
-    logits_ME = x_MK @ weight_EK.T
     best_M = logits_ME.argmax(dim=-1)
     return best_M, torch.sigmoid(logits_ME.gather(1, best_M[:, None]).squeeze(1))

@@ -12,4 +12,5 @@ CONTRACT = OpContract(
     inputs={"p_KV": "target probabilities, k+1 rows", "q_KV": "draft probabilities, k rows", "draft_K": "int"},
     outputs={"tokens": "accepted drafts and one more"},
     notes="Leviathan et al. 2023, algorithm 1, for a chain",
+    gpu_axes={"k": Axis(0, 7)},
 )

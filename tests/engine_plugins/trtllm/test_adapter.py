@@ -1,7 +1,7 @@
 """The plugin package, installed as a wheel into an environment of its own, and its grafts on a stand-in for upstream.
 
-The ops here are written in plain torch from the calls that the adapter promises; that the fused ones compute the same
-is tests/engine_plugins/ops' business. Run it: `python -m pytest tests/engine_plugins/trtllm/test_adapter.py`
+The ops are the package's own, on the CPU their references; that the kernels compute the same is test_gpu_ops.py's
+business. Run it: `python -m pytest tests/engine_plugins/trtllm/test_adapter.py`
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ ALL = sorted({op for op, _ in SEATS.values()})
 RANK = """
 import sys, json, torch
 torch.manual_seed(0)
-{ops}
 from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
 model = MODEL_CLASS_MAPPING["Llama4ForConditionalGeneration"]()
 tokens = int(sys.argv[1])
@@ -33,7 +32,8 @@ x = torch.randn(tokens, 64).to(torch.bfloat16)
 y = model(torch.arange(tokens) * 9000, x)
 print(json.dumps(y.float().flatten().tolist()))
 """
-OPS = "from tests.engine_plugins.trtllm import plain_ops"
+# These two ops are cut differently from upstream's modules: their seats say so and leave upstream's code.
+OTHERWISE_CUT = {"moe_top1": "the op runs the shared expert too", "allreduce_rmsnorm": "the op has an inbox of its own"}
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def rank(environment: Path, tmp_path: Path, tokens: int = 4, plugins: str | None = None, ops: str = OPS) -> Any:
+def rank(environment: Path, tmp_path: Path, tokens: int = 4, plugins: str | None = None) -> Any:
     """A worker as MPI makes it: no inherited variable but those named TRTLLM* and TLLM*."""
     env = {"TRTLLM_ENABLE_PDL": "1", EVIDENCE_ENV: str(tmp_path), "PATH": "/usr/bin:/bin"}
     env |= {} if plugins is None else {PLUGINS_ENV: plugins}
-    program = RANK.replace("{ops}", f"sys.path.append({str(ROOT)!r})\n{ops}" if ops else "")
     run = subprocess.run(
-        [str(environment / "bin" / "python"), "-c", program, str(tokens)],
+        [str(environment / "bin" / "python"), "-c", RANK, str(tokens)],
         env=env, cwd="/", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -72,10 +71,18 @@ def test_every_op_runs_in_a_worker_that_inherits_nothing_and_changes_nothing(env
     with_ops = rank(environment, tmp_path, plugins=",".join(ALL))
     found = evidence(tmp_path)
     assert found["errors"] == [] and found["env"] == {"TRTLLM_ENABLE_PDL": "1"}
-    assert {op for op, outcomes in found["ops"].items() if "ran" in outcomes} == set(ALL)
+    assert {op for op, outcomes in found["ops"].items() if "ran" in outcomes} == set(ALL) - set(OTHERWISE_CUT)
+    for op, reason in OTHERWISE_CUT.items():
+        assert [outcome for outcome in found["ops"][op] if outcome.startswith(reason)], found["ops"][op]
     layers = {"router": 2, "moe_top1": 2, "qkv_attn_scaling": 4, "fc13_swiglu": 4, "gemm_low_latency": 8}
     assert layers.items() <= found["grafted"].items(), "every layer's modules, and none of the draft's"
-    assert with_ops == rank(environment, tmp_path)
+    assert close(with_ops, rank(environment, tmp_path))
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    """Upstream rounds to BF16 between GEMM and SwiGLU, which the op does not: here and there an FP8 step, then more."""
+    noise = sum((a - b) ** 2 for a, b in zip(ours, theirs, strict=True))
+    return noise <= 0.1**2 * sum(b * b for b in theirs)
 
 
 def test_outside_their_gates_upstream_runs_and_says_so(environment: Path, tmp_path: Path) -> None:
@@ -87,10 +94,9 @@ def test_outside_their_gates_upstream_runs_and_says_so(environment: Path, tmp_pa
 
 
 def test_op_that_is_not_there_falls_back_and_says_so(environment: Path, tmp_path: Path) -> None:
-    made = rank(environment, tmp_path, plugins="router", ops="")
-    outcomes = evidence(tmp_path)["ops"]["router"]
-    assert outcomes == {"absent": 4} or "ran" in outcomes
-    assert made == rank(environment, tmp_path)
+    made = rank(environment, tmp_path, plugins="router,verify_tree")
+    assert evidence(tmp_path)["ops"]["verify_tree"] == {"has no seat in this model": 0}
+    assert close(made, rank(environment, tmp_path))
 
 
 def test_only_the_named_ops_are_grafted(environment: Path, tmp_path: Path) -> None:
@@ -110,8 +116,7 @@ def test_unpacked_package_registers_itself_and_leaves_the_images_own_sitecustomi
     package.unpack(package.build_wheel(tmp_path), site)
     (image / "sitecustomize.py").write_text("print('the image speaks')")
     env = {**os.environ, "PYTHONPATH": f"{site}:{image}:{UPSTREAM}", PLUGINS_ENV: "router", EVIDENCE_ENV: str(seen)}
-    program = RANK.replace("{ops}", f"sys.path.append({str(ROOT)!r})\n{OPS}")
-    run = subprocess.run([sys.executable, "-c", program, "4"], env=env, cwd="/", capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", RANK, "4"], env=env, cwd="/", capture_output=True, text=True)
     assert run.stdout.startswith("the image speaks"), run.stderr
     assert evidence(seen)["ops"]["router"] == {"ran": 4}
 

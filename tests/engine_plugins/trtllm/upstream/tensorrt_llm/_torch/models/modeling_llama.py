@@ -154,7 +154,7 @@ class Llama4ForConditionalGeneration(nn.Module):
     def __init__(self, model_config: Any = None) -> None:
         super().__init__()
         config = model_config or SimpleNamespace(
-            hidden_size=64, q_size=40, kv_size=8, intermediate_size=32, num_experts=4, num_layers=4, quant="FP8"
+            hidden_size=64, q_size=80, kv_size=16, intermediate_size=32, num_experts=4, num_layers=4, quant="FP8"
         )
         self.config = config
         self.model = nn.Module()
