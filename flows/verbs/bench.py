@@ -1,4 +1,4 @@
-"""`kilotok bench`: the ops and the engine, measured where a device is at hand.
+"""`kilotok bench`: the ops, the engine and one rank of a large model, measured where a device is at hand.
 
 Refuses to invent a row: without the device it says so and exits 2. Every table names its device and is stored.
 """
@@ -16,9 +16,10 @@ from specs.errors import InputError
 
 
 def register(add: Surface) -> None:
-    bench_ = add("bench", bench, "measure the ops or the engine", spec=False, as_json=True)
-    bench_.add_argument("what", choices=("ops", "engine"))
-    bench_.add_argument("--device", choices=("cpu",), default="cpu")
+    bench_ = add("bench", bench, "measure the ops, the engine, or one rank of a large model", spec=False, as_json=True)
+    bench_.add_argument("what", choices=("ops", "engine", "slice"))
+    bench_.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu; a slice is always on cuda")
+    bench_.add_argument("--spec", metavar="SPEC", default="llama4-maverick-b200", help="whose rank 0 a slice is")
     bench_.add_argument("--bundle", type=Path, metavar="DIR", help="default: the last bundle of the store")
     bench_.add_argument("--acceptance", type=float, metavar="LENGTH", help="force this acceptance length, and say so")
     bench_.add_argument("--users", type=int, nargs="*", default=[1], metavar="N", help="requests in flight")
@@ -26,8 +27,8 @@ def register(add: Surface) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Print the table and keep it, with the date in its name, under `bench/` beside the store."""
-    device = arguments.device
-    rows = {"ops": _ops, "engine": _engine}[arguments.what](arguments)
+    device = arguments.device or ("cuda" if arguments.what == "slice" else "cpu")
+    rows = {"ops": _ops, "engine": _engine, "slice": _slice}[arguments.what](arguments, device)
     stored = Path(DEFAULT_STORE).parent / "bench" / f"{arguments.what}_{device}_{time.strftime('%Y-%m-%d')}.json"
     stored.parent.mkdir(parents=True, exist_ok=True)
     stored.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -35,17 +36,35 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _ops(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _ops(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    if device == "cuda":
+        from tasks.bench import bench_ops
+
+        return bench_ops()
     from engine_plugins.native.bench import bench_gemv
 
     return bench_gemv(_bundle(arguments))
 
 
-def _engine(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _engine(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    if device == "cuda":
+        raise InputError(
+            "the native engine runs on the CPU", "--device cuda", "kilotok bench slice measures a GPU's cycle"
+        )
     from engine_plugins.native.bench import bench_engine
 
     bundle = _bundle(arguments)
     return [bench_engine(bundle, users=users, acceptance=arguments.acceptance) for users in arguments.users]
+
+
+def _slice(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    if device != "cuda":
+        raise InputError("a slice is measured on a GPU", "--device cpu", "leave --device out")
+    from specs.load import load_spec
+    from tasks.bench_slice import bench_slice
+
+    path = arguments.spec if arguments.spec.endswith((".yaml", ".yml")) else f"specs/{arguments.spec}.yaml"
+    return bench_slice(load_spec(Path(path), []))
 
 
 def _bundle(arguments: argparse.Namespace) -> Path:
