@@ -148,9 +148,6 @@ TIMEZONE = _checked(_timezone)
 NAME = _matches(
     r"[a-z0-9][a-z0-9.-]{0,62}", "no usable name; take at most 63 lower-case letters, digits, dots and dashes"
 )
-NAME_OR_UNDERSCORE = _matches(
-    r"[a-z0-9][a-z0-9_]*", "no usable profile name; take lower-case letters, digits and underscores"
-)
 METRIC = _matches(r"[a-z][\w-]*(\.[\w-]+)+", "no metric name; write a dotted one such as latency.tps_per_user.p50")
 VERSION = _matches(r"\d+\.\d+(\.\d+)?(rc\d+)?", "no version; write one such as 1.2.1 or 1.3.0rc22")
 RECIPE = _matches(

@@ -306,9 +306,14 @@ def load_native(args: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
     """The engine of this package; imported here so that `--help` and the tests' toy need no compiler."""
     from engine_plugins.native.engine import Engine, SamplingParams
 
-    return Engine(
-        args.bundle, threads=args.threads, speculate=not args.no_speculation, fused=not args.no_fusion
-    ), SamplingParams
+    engine = Engine(
+        args.bundle,
+        threads=args.threads,
+        speculate=not args.no_speculation,
+        forced_acceptance=args.forced_acceptance,
+        fused=not args.no_fusion,
+    )
+    return engine, SamplingParams
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -322,6 +327,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-env", default="", metavar="NAME", help="environment variable that holds the API key")
     parser.add_argument("--no-speculation", action="store_true")
     parser.add_argument("--no-fusion", action="store_true", help="one operator at a time, for comparison")
+    parser.add_argument(
+        "--forced-acceptance",
+        type=float,
+        default=None,
+        metavar="TOKENS",
+        help="accept drafts at this many tokens a cycle, right or wrong: for timing the engine, never for answers",
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
     parser.add_argument("--control", type=Path, default=None, metavar="PATH", help="control socket for the deployer")

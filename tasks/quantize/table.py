@@ -14,6 +14,7 @@ import pandas as pd
 import pandera.pandas as pa
 
 from tasks.quantize.detectors import TensorRow
+from tasks.tables import check, write
 
 LAYERS = pa.DataFrameSchema(
     {
@@ -26,12 +27,12 @@ LAYERS = pa.DataFrameSchema(
     },
     unique=["name", "kind"],
     strict=True,
+    name="layers",
 )
 
 
 def write_layers(rows: Sequence[TensorRow], path: Path) -> pd.DataFrame:
     """Checks and writes the table; returns it for the metrics."""
-    frame = pd.DataFrame([asdict(row) for row in rows])
-    frame = LAYERS.validate(frame)
-    frame.to_parquet(path, index=False)
+    frame = check(pd.DataFrame([asdict(row) for row in rows]), LAYERS, path.name)
+    write(frame, path)
     return frame

@@ -1,8 +1,8 @@
 """Stage `validate`: measure the candidate and its source, then say PASS, FAIL or UNDERPOWERED, with every reason.
 
-Order: the client tests itself; the candidate is timed (one user, then ten); both sides answer the same problems; the
-paired test and the gates decide. It leaves requests, problems and acceptance as checked tables, the waterfall, gates
-and verdict.
+Order: the client tests itself; the candidate is timed (one user, then more, then the engine alone); both sides answer
+the same problems; the paired test and the gates decide; what failed gets its likely cause. It leaves requests,
+problems and acceptance as checked tables, the waterfall, gates and verdict.
 
 It refuses to time with a client that fails its own test, and to pass what it could not measure. It never promotes
 anything.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,11 +26,9 @@ if TYPE_CHECKING:
     Serve = Callable[[Path], str]
     Source = Callable[[Path, Path, Path, str], AbstractContextManager[str]]
 
-PARALLEL_USERS = 10
-BASELINE_REQUESTS = 8
 WARM_UP_REQUESTS = 3
-USAGE_LIMIT_PERCENT = 2.0
-STEPS = ("client", "speed", "served answers", "source speed", "source answers", "verdict")
+DIALOGUES_READ = 8  # answers on which a draft that fell short is read again, teacher-forced
+STEPS = ("client", "speed", "engine alone", "served answers", "source speed", "source answers", "verdict")
 
 
 def build(job: Job, progress: Progress, serve: Serve | None = None, source: Source | None = None) -> dict[str, float]:
@@ -40,7 +37,7 @@ def build(job: Job, progress: Progress, serve: Serve | None = None, source: Sour
     `serve` gives the candidate's base URL for its deployment.json, `source` runs the source's server; both are for
     tests.
     """
-    from tasks.validate.reference import source_server
+    from tasks.validate.servers import source_server
 
     if serve is None:
         from tasks.deployment import ensure_running
@@ -54,6 +51,7 @@ class _Validation:
 
     def __init__(self, job: Job, progress: Progress) -> None:
         from tasks.prompts import read_prompts, resolve
+        from tasks.validate.accuracy import Questions
         from tasks.validate.client import token_counter
         from tasks.validate.problems import by_task, read_problems
 
@@ -61,15 +59,21 @@ class _Validation:
         self.settings = job.spec["validate"]
         self.accuracy, self.latency = self.settings["accuracy"], self.settings["latency"]
         self.draft_tokens = int(job.spec["engine"]["draft_tokens"])
+        self.backend = str(job.spec["engine"].get("backend") or "native")
         self.count = token_counter(job.inputs["download"] / "tokenizer.json")
-        self.problems_path = resolve(self.accuracy["problems"], job) if self.accuracy.get("problems") else None
-        problems = read_problems(self.problems_path) if self.problems_path else []
-        self.local = by_task(problems, self.accuracy["tasks"], self.accuracy.get("samples"), str(self.problems_path))
+        path = resolve(self.accuracy["problems"], job) if self.accuracy.get("problems") else None
+        problems = read_problems(path) if path else []
+        tasks, samples = self.accuracy["tasks"], self.accuracy.get("samples")
+        shared = {
+            name: self.accuracy[name] for name in ("max_new_tokens", "repeats", "temperature", "run_generated_code")
+        }
+        self.how = Questions(tasks, by_task(problems, tasks, samples, str(path)), samples=samples, **shared)
         prompts = self.latency.get("prompts")
         self.prompts: list[Any] = list(read_prompts(resolve(prompts, job))) if prompts else list(problems)
         self.asks = self.choose(self.latency["requests"])  # refuses too few prompts before anything is spent
         self.metrics: dict[str, float] = {}
         self.findings: dict[str, dict[str, int]] = {}
+        self.remarks: list[str] = []
 
     def choose(self, number: int, offset: int = 0) -> list[Any]:
         from tasks.validate.profiles import choose
@@ -77,39 +81,28 @@ class _Validation:
         return choose(self.prompts, self.latency["profile"], number, self.latency["max_new_tokens"], self.count, offset)
 
     def run(self, serve: Serve, source: Source) -> dict[str, float]:
-        from tasks.validate.acceptance import acceptance_frame, acceptance_metrics
-        from tasks.validate.accuracy import accuracy_metrics, problems_frame, verdicts
-        from tasks.validate.client import speculation
-        from tasks.validate.tables import requests_frame, write
+        from tasks.tables import write
+        from tasks.validate.paired import problems_frame
+        from tasks.validate.tables import requests_frame
 
+        inputs, out = self.job.inputs, self.job.out
         self.test_client()
-        served_url = serve(self.job.inputs["deploy"] / "deployment.json")
+        served_url = serve(inputs["deploy"] / "deployment.json")
         rows = self.time_served(served_url)
-        write(requests_frame(rows, "requests.parquet"), self.job.out / "requests.parquet")
-        served = self.answers("served", served_url, 2)
-        inputs = self.job.inputs
+        write(requests_frame(rows, "requests.parquet"), out / "requests.parquet")
+        self.time_engine_alone()
+        served = self.answers("served", served_url, 3)
         with source(inputs["download"], inputs["build_engine"], self.job.scratch, self.backend) as source_url:
             baseline = self.time_source(source_url)
-            write(requests_frame(baseline, "baseline_requests.parquet"), self.job.out / "baseline_requests.parquet")
-            reference = self.answers("source", source_url, 4)
-        self.step(5)
-        usages = [(row["domain"], row) for row in rows if row["ok"]]
-        usages += [(task, speculation(usage)) for task, usage in served["usages"]]
-        acceptance = acceptance_frame(usages, self.draft_tokens)
-        write(acceptance, self.job.out / "acceptance.parquet")
-        problems = problems_frame(reference["rows"] + served["rows"])
-        write(problems, self.job.out / "problems.parquet")
-        results = verdicts(problems, self.accuracy["margin"], self.accuracy["alpha"], self.accuracy["power"])
-        self.metrics.update(acceptance_metrics(acceptance) | accuracy_metrics(results))
-        self.conclude({task: asdict(result) for task, result in results.items()})
+            write(requests_frame(baseline, "baseline_requests.parquet"), out / "baseline_requests.parquet")
+            reference = self.source_answers(source_url, served)
+        self.step(6)
+        write(problems_frame(reference["rows"] + served["rows"]), out / "problems.parquet")
+        self.judge(rows, served, reference)
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
 
-    @property
-    def backend(self) -> str:
-        return str(self.job.spec["engine"].get("backend") or "native")
-
-    def step(self, number: int, note: str = "") -> None:
-        self.progress(number, len(STEPS), note or STEPS[min(number, len(STEPS) - 1)])
+    def step(self, number: int, done: float = 0.0) -> None:
+        self.progress(number + min(done, 1.0), len(STEPS), STEPS[number])
 
     # -- measuring
     def test_client(self) -> None:
@@ -131,194 +124,177 @@ class _Validation:
             f"free the CPU; at most {ERROR_LIMIT_PERCENT:g}%",
         )
 
-    def endpoint(self, base_url: str) -> Any:
-        """The endpoint with the name it serves its model under. Raises NetworkError when it does not say."""
-        from specs.errors import NetworkError
-        from tasks.validate.client import Endpoint
-        from tasks.validate.load import fetch
-
-        endpoint = Endpoint(base_url, "", self.count)
-        reply = fetch(endpoint, "/v1/models")
-        try:
-            if reply is None or reply.status != 200:
-                raise ValueError(f"status {reply.status}" if reply else "no answer")
-            name = json.loads(reply.body)["data"][0]["id"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise NetworkError(
-                f"the endpoint does not list its model: {error}", f"{base_url}/v1/models", "look at the server's log"
-            ) from error
-        return Endpoint(base_url, str(name), self.count)
-
     def time_served(self, base_url: str) -> list[dict[str, Any]]:
-        """One user (the figures), then ten in parallel; engine counters around the former give the waterfall."""
-        from tasks.validate import profiles
-        from tasks.validate.load import one_in_flight, parallel_users
-        from tasks.validate.waterfall import cycle_metrics, waterfall
+        from tasks.validate import profiles, speed
 
         self.step(1)
-        endpoint = self.endpoint(base_url)
-        self.warm_up(endpoint)
-        before = self.counters(endpoint)
-        total = len(self.asks)
-        alone = one_in_flight(endpoint, self.asks, lambda done: self.progress(1 + done / total, len(STEPS), STEPS[1]))
-        made = waterfall(before, self.counters(endpoint), alone)
+        endpoint = speed.connect(base_url, self.count)
+        speed.warm_up(endpoint, self.warm_up_asks())
+        rows, made = speed.alone(endpoint, self.asks, lambda done: self.step(1, done / len(self.asks)))
         (self.job.out / "waterfall.json").write_text(json.dumps(made, indent=1))
-        crowd = parallel_users(endpoint, self.asks, PARALLEL_USERS)
-        self.metrics.update(profiles.latency_metrics(alone) | cycle_metrics(made) | profiles.integrity_metrics(alone))
+        self.metrics.update(speed.one_user(rows, made))
+        crowd, metrics = speed.crowds(endpoint, self.crowd_asks(), self.latency)
+        self.metrics.update(metrics)
         self.metrics["latency.failed_requests"] += sum(not row["ok"] for row in crowd)
-        name = f"latency.parallel_{PARALLEL_USERS}"
-        self.metrics.update({f"{name}.tps_server": profiles.server_tps(crowd), **profiles.latency_metrics(crowd, name)})
-        self.findings["served"] = profiles.findings([*alone, *crowd])
-        return [*alone, *crowd]
+        self.findings["served"] = profiles.findings([*rows, *crowd])
+        if self.latency.get("witness"):
+            self.hear_witness(endpoint)
+        return [*rows, *crowd]
+
+    def time_engine_alone(self) -> None:
+        from tasks.validate import speed
+        from tasks.validate.servers import forced_server
+
+        length = self.latency.get("forced_acceptance")
+        if length is None or not self.draft_tokens:
+            return
+        self.step(2)
+        bundle = self.job.inputs["build_engine"]
+        with forced_server(bundle, self.job.scratch, self.backend, length) as url:
+            endpoint = speed.connect(url, self.count)
+            speed.warm_up(endpoint, self.warm_up_asks())
+            self.metrics.update(speed.engine_alone(endpoint, self.asks[: speed.BASELINE_REQUESTS]))
+
+    def hear_witness(self, endpoint: Any) -> None:
+        from tasks.validate.witness import measure
+
+        heard = measure(self.latency["witness"], endpoint, self.asks, self.job.scratch / "witness", self.metrics)
+        self.metrics.update(heard.metrics)
+        if (said := heard.disagreement(self.latency["witness_tolerance"])) is not None:
+            self.remarks.append(said)
+            self.findings["witness"] = {"disagreement": 1}
 
     def time_source(self, base_url: str) -> list[dict[str, Any]]:
-        from tasks.validate import profiles
+        from tasks.validate import profiles, speed
         from tasks.validate.load import one_in_flight
 
-        self.step(3)
-        endpoint = self.endpoint(base_url)
-        self.warm_up(endpoint)
-        rows = one_in_flight(endpoint, self.asks[:BASELINE_REQUESTS])
+        self.step(4)
+        endpoint = speed.connect(base_url, self.count)
+        speed.warm_up(endpoint, self.warm_up_asks())
+        rows = one_in_flight(endpoint, self.asks[: speed.BASELINE_REQUESTS])
         self.metrics.update(profiles.latency_metrics(rows, "baseline"))
         self.findings["source"] = profiles.findings(rows)
         return rows
 
-    def warm_up(self, endpoint: Any) -> None:
-        """With prompts the measured run does not send, if any are left. Raises NetworkError when one has no answer."""
-        from specs.errors import InputError, NetworkError
-        from tasks.validate.load import one_in_flight
+    def warm_up_asks(self) -> list[Any]:
+        """Prompts that the measured run does not send, if any are left."""
+        from specs.errors import InputError
 
         try:
-            asks = self.choose(WARM_UP_REQUESTS, len(self.asks))
+            return self.choose(WARM_UP_REQUESTS, len(self.asks))
         except InputError:
-            asks = self.asks[-WARM_UP_REQUESTS:]
-        for ask in asks:
-            (row,) = one_in_flight(endpoint, [ask])
-            if not row["ok"]:
-                what = f"the endpoint does not answer a request: {row['findings']} (status {row['status']})"
-                raise NetworkError(what, endpoint.base_url, "look at the server's log")
+            return self.asks[-WARM_UP_REQUESTS:]
 
-    def counters(self, endpoint: Any) -> dict[str, float]:
-        from tasks.validate.load import fetch
-        from tasks.validate.waterfall import read_counters
+    def crowd_asks(self) -> list[Any]:
+        """Two turns for each user at least; the prompts come again where a file has no more of them."""
+        from specs.errors import InputError
 
-        reply = fetch(endpoint, "/metrics")
-        return read_counters(reply.body.decode("utf-8", "replace")) if reply and reply.status == 200 else {}
+        number = max(len(self.asks), 2 * max(self.latency["users"], default=0))
+        try:
+            return self.choose(number)
+        except InputError:
+            return [self.asks[index % len(self.asks)] for index in range(number)]
 
-    def answers(self, side: str, base_url: str, step: int) -> dict[str, Any]:
+    # -- answers
+    def answers(self, side: str, base_url: str, step: int, only: dict[str, list[int]] | None = None) -> dict[str, Any]:
         """One side's answers; from scratch when an interrupted validation already has them."""
         from tasks.validate.accuracy import Side, ask
+        from tasks.validate.speed import connect
 
         self.step(step)
         kept = self.job.scratch / f"answers-{side}.json"
-        if kept.is_file():
+        if only is None and kept.is_file():
             return json.loads(kept.read_text(encoding="utf-8"))
-        total = sum(len(problems) for problems in self.local.values()) or 1
+        total = self.how.repeats * sum(len(problems) for problems in self.how.local.values()) or 1
+        model = connect(base_url, self.count).model
+        asked = Side(side, base_url, model, in_flight=self.slots())
+        made = ask(asked, self.how, self.job.scratch / "lm_tasks", lambda n: self.step(step, n / total), only)
+        answers = {"rows": made.rows, "usages": made.usages, "places": [[*k, *v] for k, v in made.places.items()]}
+        if only is None:
+            _write_whole(kept, json.dumps(answers))
+        return answers
 
-        def on_answer(done: int) -> None:
-            self.progress(step + min(done / total, 1), len(STEPS), STEPS[step])
+    def source_answers(self, base_url: str, served: dict[str, Any]) -> dict[str, Any]:
+        """All of the source's answers, or with `early_stop` as many as settle the verdict."""
+        from tasks.validate.paired import ask_until_settled
 
-        model = self.endpoint(base_url).model
-        answers = ask(
-            Side(side, base_url, model, in_flight=self.slots()),
-            self.accuracy["tasks"],
-            self.local,
-            self.job.scratch / "lm_tasks",
-            int(self.accuracy["max_new_tokens"]),
-            self.accuracy.get("samples"),
-            on_answer,
-        )
-        made = {"rows": answers.rows, "usages": answers.usages}
-        _write_whole(kept, json.dumps(made))
-        return made
+        if not self.accuracy["early_stop"]:
+            return self.answers("source", base_url, 5)
+        places = {(task, name): (lm_task, number) for task, name, lm_task, number in served["places"]}
+
+        def ask(keys: list[tuple[str, str]]) -> list[dict[str, Any]]:
+            only: dict[str, list[int]] = {}
+            for key in keys:
+                only.setdefault(places[key][0], []).append(places[key][1])
+            rows: list[dict[str, Any]] = self.answers("source", base_url, 5, only)["rows"]
+            return rows
+
+        rows, settled = ask_until_settled(served["rows"], ask, self.accuracy["margin"], self.accuracy["alpha"])
+        return {"rows": rows, "settled": settled}
 
     def slots(self) -> int:
         path = self.job.inputs["build_engine"] / "bundle.json"
         return int(json.loads(path.read_text(encoding="utf-8")).get("max_batch_size") or 16) if path.is_file() else 16
 
     # -- judging
-    def conclude(self, accuracy: dict[str, dict[str, Any]]) -> None:
-        from tasks.validate.gates import judge, passed
+    def judge(self, rows: list[dict[str, Any]], served: dict[str, Any], reference: dict[str, Any]) -> None:
+        from dataclasses import asdict
 
-        spec_gates = [
-            {name: value for name, value in gate.items() if value is not None}
-            for gate in self.settings.get("gates") or ()
-        ]
+        from tasks.validate.diagnosis import acceptance_failed, diagnose
+        from tasks.validate.judge import Evidence, judge_all, write_verdict
+        from tasks.validate.probe import scale_errors
+
+        self.measure_acceptance(rows, served)
+        results = self.compare(served["rows"], reference)
+        scales = scale_errors(self.job.inputs["build_engine"], self.job.inputs["download"])
+        self.metrics["bundle.scale_error_percent"] = scales[0].percent if scales else math.nan
         last_good = (self.job.extra.get("last_good") or {}).get("metrics")
-        results = judge(self.metrics, [*spec_gates, *self.own_gates()], last_good)
-        rows = [_gate_row(result) for result in results if result.state != "FIRST"]
-        warnings = [f"{result.metric}: {result.reason}" for result in results if result.state == "FIRST"]
-        overall = accuracy["all"]
-        only_warn = overall["verdict"] == "UNDERPOWERED" and self.accuracy.get("underpowered") == "warn"
-        row = _accuracy_row(overall)
-        if only_warn:
-            warnings.append(row["reason"])
-        else:
-            rows.append(row)
-        verdict = "PASS" if passed(results) else "FAIL"
-        if overall["verdict"] == "FAIL" or (
-            overall["verdict"] == "UNDERPOWERED" and verdict == "PASS" and not only_warn
-        ):
-            verdict = overall["verdict"]
-        by_task = {task: entry for task, entry in accuracy.items() if task != "all"}
-        record = {
-            "verdict": verdict,
-            "gates": rows,
-            "warnings": warnings,
-            "accuracy": by_task,
-            "overall": overall,
-            "findings": self.findings,
-        }
-        out: Path = self.job.out
-        (out / "gates.json").write_text(json.dumps(rows, indent=1))
-        (out / "verdict.json").write_text(json.dumps(record, indent=1))
-        finite = {name: value for name, value in sorted(self.metrics.items()) if math.isfinite(value)}
-        (out / "summary.json").write_text(json.dumps({"verdict": verdict, **finite}, indent=1))
+        evidence = Evidence(self.metrics, results, self.findings, self.remarks)
+        said = judge_all(evidence, self.settings, last_good)
+        fit = self.read_draft(served["rows"]) if acceptance_failed(said.failed) else None
+        causes = [asdict(cause) for cause in diagnose(said.failed, self.metrics, scales, fit, last_good)]
+        write_verdict(self.job.out, evidence, said, causes)
 
-    def own_gates(self) -> list[dict[str, Any]]:
-        """Without these the other figures mean nothing, so no spec can leave them out."""
-        from tasks.validate.selftest import ERROR_LIMIT_PERCENT
+    def measure_acceptance(self, rows: list[dict[str, Any]], served: dict[str, Any]) -> None:
+        from tasks.tables import write
+        from tasks.validate.acceptance import acceptance_frame, acceptance_metrics, golden_gap
+        from tasks.validate.client import speculation
 
-        return [
-            {"metric": "client.error_percent", "at_most": ERROR_LIMIT_PERCENT},
-            {"metric": "latency.failed_requests", "at_most": 0},
-            {"metric": "latency.usage_error_percent", "at_most": USAGE_LIMIT_PERCENT},
-        ]
+        usages = [(row["domain"], row) for row in rows if row["ok"]]
+        usages += [(task, speculation(usage)) for task, usage in served["usages"]]
+        frame = acceptance_frame(usages, self.draft_tokens)
+        write(frame, self.job.out / "acceptance.parquet")
+        self.metrics.update(acceptance_metrics(frame))
+        if golden := self.settings["acceptance"]["golden"]:
+            self.metrics["acceptance.golden_gap"], where = golden_gap(frame, golden)
+            self.remarks.append(f"furthest below the golden curve: {where}")
+            (self.job.out / "golden.json").write_text(json.dumps(golden))
 
+    def compare(self, served: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
+        from tasks.validate.paired import accuracy_metrics, fill_unasked, problems_frame, verdicts
 
-def _gate_row(result: Any) -> dict[str, Any]:
-    return {
-        "metric": result.metric,
-        "op": result.direction,
-        "measured": result.value,
-        "required": result.bound,
-        "asked": result.asked,
-        "unit": result.unit,
-        "verdict": result.state,
-        "reason": result.reason,
-    }
+        source, settled = reference["rows"], reference.get("settled", "")
+        if settled:
+            source = source + fill_unasked(source, served, settled)
+            self.remarks.append(
+                f"the source answered {len(reference['rows'])} of {len(served)} problems: no further answer can change "
+                f"{settled}; its figures count the others {'for' if settled == 'PASS' else 'against'} the source"
+            )
+        results = verdicts(
+            problems_frame(source + served), self.accuracy["margin"], self.accuracy["alpha"], self.accuracy["power"]
+        )
+        self.metrics.update(accuracy_metrics(results))
+        return results
 
+    def read_draft(self, answered: list[dict[str, Any]]) -> Any:
+        """The head on some served answers, teacher-forced; None for an engine that has no reference here."""
+        from tasks.validate.probe import draft_fit
 
-def _accuracy_row(overall: dict[str, Any]) -> dict[str, Any]:
-    reason = (
-        f"{100 * overall['difference']:+.1f} points against the source on {overall['problems']} problems "
-        f"(one-sided limits {100 * overall['lower']:+.1f} and {100 * overall['upper']:+.1f}, "
-        f"p = {overall['p_value']:.3g})"
-    )
-    if overall["verdict"] == "UNDERPOWERED":
-        reason += f"; too few to tell at a margin of {100 * overall['margin']:g} points"
-        reason += f": {overall['samples_needed']} more problems needed"
-    return {
-        "metric": "accuracy.difference",
-        "op": "at_least",
-        "measured": overall["difference"],
-        "required": -overall["margin"],
-        "asked": "non-inferiority",
-        "unit": "share",
-        "kind": "accuracy",
-        "verdict": overall["verdict"],
-        "reason": reason,
-    }
+        prompts = {problem.id: problem.prompt for problems in self.how.local.values() for problem in problems}
+        known = [(prompts[row["id"]], row["answer"]) for row in answered if row["id"] in prompts]
+        if self.backend != "native" or not known or not self.draft_tokens:
+            return None
+        return draft_fit(self.job.inputs["build_engine"], known[:: max(len(known) // DIALOGUES_READ, 1)])
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -6,18 +6,23 @@ A cycle drafts k tokens and yields 1 + (accepted drafts). With a_i cycles that a
 
 It refuses to guess: a domain without a single cycle has no length (NaN), and so passes no gate.
 
-Run: `python -m pytest tests/tasks/test_validate_acceptance.py`
+A golden curve is what a good head is known to reach. A position falls short of it by `golden - rate`, less what chance
+explains at 95%; the worst shortfall of all positions is one metric, `acceptance.golden_gap`.
+
+Run: `python -m pytest tests/tasks/test_tables.py`
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import pandas as pd
 
-from tasks.validate.tables import Acceptance, check
+from tasks.tables import check
+from tasks.validate.tables import Acceptance
 
 ALL = "all"
 
@@ -55,3 +60,19 @@ def acceptance_metrics(frame: pd.DataFrame) -> dict[str, float]:
             f"acceptance.position.{row.position}" if whole else f"acceptance.position.{row.position}.{row.domain}"
         ] = float(row.rate)
     return {name: value for name, value in metrics.items() if value == value}
+
+
+def golden_gap(frame: pd.DataFrame, golden: Mapping[str, Sequence[float]]) -> tuple[float, str]:
+    """(worst shortfall beyond noise, where). NaN when a position of the curve was not measured: that is no pass."""
+    z = NormalDist().inv_cdf(0.95)
+    measured = {(row.domain, row.position): row for row in frame.itertuples()}
+    worst, where = float("-inf"), ""
+    for domain, curve in golden.items():
+        for position, expected in enumerate(curve, 1):
+            row = measured.get((domain, position))
+            if row is None or not row.drafted:
+                return float("nan"), f"position {position} of {domain}"
+            noise = z * (expected * (1 - expected) / row.drafted) ** 0.5
+            if expected - row.rate - noise > worst:
+                worst, where = expected - row.rate - noise, f"position {position} of {domain}"
+    return worst, where

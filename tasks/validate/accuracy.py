@@ -1,10 +1,9 @@
-"""Accuracy through lm-eval: the same problems put to two endpoints, every raw answer kept, then the paired test.
+"""Accuracy through lm-eval: the same problems put to two endpoints, every raw answer kept.
 
-lm-eval asks (its own API model class, many requests in flight, greedy), filters and scores; this module names the
-tasks, keeps each reply's usage for the acceptance figures, and pairs the two sides by problem.
+lm-eval asks (its own API model class, many requests in flight), filters and scores; this module names the tasks,
+repeats them with other seeds, and keeps each reply's usage for the acceptance figures. `paired.py` judges.
 
-It refuses a problem that only one side answered, and an endpoint that cannot answer at all: neither is ever a wrong
-answer.
+It refuses an endpoint that cannot answer: that is never a wrong answer.
 
 Run: `python -m tasks.validate.accuracy PROBLEMS BASE_URL MODEL` prints the share of right answers by domain.
 """
@@ -12,23 +11,24 @@ Run: `python -m tasks.validate.accuracy PROBLEMS BASE_URL MODEL` prints the shar
 from __future__ import annotations
 
 import json
+import os
+import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from specs.errors import InputError, NetworkError, StageFailed
-from tasks.validate.problems import LM_EVAL_NAMES, Problem, by_task, read_problems
-from tasks.validate.statistics import PairedResult, compare, score_interval
-from tasks.validate.tables import Problems, check
+from specs.errors import InputError, NetworkError
+from specs.validation import NAMED_TASKS
+from tasks.validate.problems import Problem, by_task, read_problems
 
 SHARED_TASK = Path(__file__).parent / "lm_tasks" / "answer_line.yaml"
 TRIES = 3  # lm-eval's own, with 1 to 10 s between them
+SEED = 1234
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,38 @@ class Side:
     timeout_s: float = 120.0
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What both sides are asked, and how: `local` problems by task, the others by lm-eval's own name."""
+
+    tasks: Sequence[str]
+    local: Mapping[str, Sequence[Problem]]
+    max_new_tokens: int
+    samples: int | None = None  # per named task; local ones are cut before
+    repeats: int = 1
+    temperature: float = 0.0
+    run_generated_code: bool = False
+
+    @property
+    def named(self) -> list[str]:
+        return [task for task in self.tasks if task not in self.local]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """lm-eval's name -> ours."""
+        return {task if task in self.local else NAMED_TASKS[task][0]: task for task in self.tasks}
+
+
 @dataclass
 class Answers:
-    """What one side said: rows of problems.parquet, and (task, usage) of each reply in no particular order."""
+    """What one side said: rows of problems.parquet, and (task, usage) of each reply in no particular order.
+
+    `places` is where lm-eval has each problem: (task, id) -> (lm-eval's task, number).
+    """
 
     rows: list[dict[str, Any]]
     usages: list[tuple[str, Mapping[str, Any]]]
+    places: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
 
 
 def write_tasks(local: Mapping[str, Sequence[Problem]], folder: Path) -> Path:
@@ -66,54 +92,78 @@ def write_tasks(local: Mapping[str, Sequence[Problem]], folder: Path) -> Path:
 
 
 def ask(
-    side: Side, tasks: Sequence[str], local: Mapping[str, Sequence[Problem]], folder: Path, max_new_tokens: int,
-    samples: int | None = None, on_answer: Callable[[int], None] | None = None,
+    side: Side, how: Questions, folder: Path, on_answer: Callable[[int], None] | None = None,
+    only: Mapping[str, Sequence[int]] | None = None,
 ) -> Answers:  # fmt: skip
-    """Puts every task to one endpoint.
+    """Puts the questions to one endpoint, `how.repeats` times each; `only` picks some by lm-eval task and number.
 
     Raises NetworkError when it does not answer within the limits, after lm-eval's retries.
     """
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
+    answers = Answers([], [])
+    for sample in range(how.repeats):
+        _ask_once(side, how, folder, answers, sample, on_answer, only)
+    return answers
 
-    named = [task for task in tasks if task not in local]
-    manager = TaskManager(include_path=str(write_tasks(local, folder)), include_defaults=bool(named))
-    wanted = [task if task in local else LM_EVAL_NAMES[task] for task in tasks]
-    try:
-        loaded = manager.load(wanted)
-    except Exception as error:  # lm-eval loads arbitrary task code and data sets: anything can come out of it
-        raise InputError(
-            f"lm-eval cannot load {', '.join(wanted)}: {error}",
-            "validate.accuracy.tasks",
-            "check its data is reachable",
-        ) from error
+
+def _ask_once(
+    side: Side, how: Questions, folder: Path, answers: Answers, sample: int,
+    on_answer: Callable[[int], None] | None, only: Mapping[str, Sequence[int]] | None,
+) -> None:  # fmt: skip
+    from lm_eval.evaluator import evaluate
+
+    loaded = load_tasks(how, folder)
+    if only is not None:
+        loaded = {"tasks": {name: task for name, task in loaded["tasks"].items() if only.get(name)}}
     for task in loaded["tasks"].values():
-        task.set_config(
-            key="generation_kwargs",
-            value={"max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0},
-            update=True,
-        )
+        sampling = {"do_sample": how.temperature > 0, "temperature": how.temperature}
+        task.set_config(key="generation_kwargs", value={"max_gen_toks": how.max_new_tokens, **sampling}, update=True)
     usages: list[tuple[str, Mapping[str, Any]]] = []
-    model = _api_model(side, usages, on_answer)
+    done = len(answers.usages)
+    model = _api_model(side, usages, on_answer and (lambda n: on_answer(done + n)), SEED + sample)
     try:
         # `evaluate` and not `simple_evaluate`: the same work without seconds of collecting environment information.
         result = evaluate(
-            model, loaded, limit=None if not named else samples, bootstrap_iters=0, apply_chat_template=True
-        )
-    except (
-        Exception
-    ) as error:  # aiohttp, asyncio and lm-eval each have their own; all mean that the endpoint did not answer
+            model, loaded, limit=how.samples if how.named and only is None else None, samples=only, bootstrap_iters=0,
+            apply_chat_template=True, fewshot_as_multiturn=True, confirm_run_unsafe_code=how.run_generated_code,
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - aiohttp, asyncio and lm-eval each have their own; all mean: no answer
         raise NetworkError(
             f"{side.name} did not answer: {type(error).__name__} {error}", side.base_url, "look at the server's log"
         ) from error
-    owner = {problem.prompt: task for task, problems in local.items() for problem in problems}
-    counted = [(owner.get(prompt, ""), usage) for prompt, usage in usages]
-    return Answers(
-        _rows(result["samples"], side.name, {LM_EVAL_NAMES.get(task, task): task for task in tasks}), counted
-    )
+    owner = {problem.prompt: task for task, problems in how.local.items() for problem in problems}
+    answers.usages += [(owner.get(prompt, ""), usage) for prompt, usage in usages]
+    for row, place in _rows(result["samples"], side.name, how.names, sample):
+        answers.rows.append(row)
+        answers.places[row["task"], row["id"]] = place
 
 
-def _api_model(side: Side, usages: list[Any], on_answer: Callable[[int], None] | None) -> Any:
+def load_tasks(how: Questions, folder: Path) -> dict[str, Any]:
+    """lm-eval's tasks. Raises InputError when one is unknown to the installed lm-eval or its data is out of reach."""
+    from lm_eval.tasks import TaskManager
+
+    if how.run_generated_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric's own second key, beside lm-eval's
+    random.seed(SEED)  # GPQA shuffles its choices as it loads: both sides must see the same order
+    manager = TaskManager(include_path=str(write_tasks(how.local, folder)), include_defaults=bool(how.named))
+    missing = sorted(set(how.names) - set(manager.all_tasks))
+    if missing:
+        raise InputError(
+            f"the installed lm-eval has no task {', '.join(missing)}",
+            "validate.accuracy.tasks",
+            "install lm-eval 0.4.13",
+        )
+    try:
+        loaded: dict[str, Any] = manager.load(list(how.names))
+        return loaded
+    except Exception as error:  # noqa: BLE001 - lm-eval runs task code and fetches data: anything can come out of it
+        raise InputError(
+            f"lm-eval cannot load {', '.join(how.names)}: {error}",
+            "validate.accuracy.tasks",
+            "check its data is reachable",
+        ) from error
+
+
+def _api_model(side: Side, usages: list[Any], on_answer: Callable[[int], None] | None, seed: int) -> Any:
     """lm-eval's chat-completions model, which also keeps each reply's usage beside the prompt it answers."""
     from lm_eval.models.openai_completions import LocalChatCompletion
 
@@ -141,93 +191,26 @@ def _api_model(side: Side, usages: list[Any], on_answer: Callable[[int], None] |
     return Endpoint(
         base_url=f"{side.base_url.rstrip('/').removesuffix('/v1')}/v1/chat/completions", model=side.model,
         num_concurrent=max(side.in_flight, 2),  # at 1 lm-eval takes a path of its own, without the hooks above
-        max_retries=TRIES, timeout=int(side.timeout_s), tokenizer_backend=None, eos_string="",
+        max_retries=TRIES, timeout=int(side.timeout_s), tokenizer_backend=None, eos_string="", seed=seed,
     )  # fmt: skip
 
 
 def _rows(
-    samples: Mapping[str, Sequence[Mapping[str, Any]]], side: str, names: Mapping[str, str]
-) -> list[dict[str, Any]]:
-    rows = []
+    samples: Mapping[str, Sequence[Mapping[str, Any]]], side: str, names: Mapping[str, str], sample: int
+) -> Iterator[tuple[dict[str, Any], tuple[str, int]]]:
     for lm_name, records in samples.items():
-        task = names.get(lm_name) or next(
-            (ours for theirs, ours in names.items() if lm_name.startswith(theirs)), lm_name
-        )
-        first_filter = records[0]["filter"] if records else ""
+        # A group's members are named after it: mmlu_pro_law is mmlu_pro's.
+        task = names.get(lm_name) or next(ours for theirs, ours in names.items() if lm_name.startswith(theirs))
+        wanted = NAMED_TASKS[task][1] if task in NAMED_TASKS else ""
         for record in records:
-            if record["filter"] != first_filter:
+            if record["filter"] != (wanted or records[0]["filter"]):
                 continue
             identity = record["doc"].get("id") if isinstance(record["doc"], dict) else None
-            rows.append({
-                "task": task, "id": str(identity or f"{lm_name}/{record['doc_id']}"), "side": side, "sample": 0,
+            yield {
+                "task": task, "id": str(identity or f"{lm_name}/{record['doc_id']}"), "side": side, "sample": sample,
                 "answer": str(record["resps"][0][0]), "target": str(record["target"]),
                 "correct": float(record[record["metrics"][0]]),
-            })  # fmt: skip
-    return rows
-
-
-def problems_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """problems.parquet, checked."""
-    return check(pd.DataFrame(list(rows), columns=list(Problems.to_schema().columns)), Problems, "problems.parquet")
-
-
-def paired_arrays(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """(source, served) as [problem, sample], in the order of the problems.
-
-    Raises StageFailed when one side lacks a problem.
-    """
-    sides = []
-    for name in ("source", "served"):
-        wide = frame[frame["side"] == name].pivot(index=["task", "id"], columns="sample", values="correct")
-        sides.append(wide.sort_index())
-    source, served = sides
-    if not source.index.equals(served.index) or source.isna().to_numpy().any() or served.isna().to_numpy().any():
-        odd = source.index.symmetric_difference(served.index)
-        named = f", first {odd[0]}" if len(odd) else ""
-        raise StageFailed(
-            f"source and served did not answer the same problems{named}", "problems.parquet", "run validate again"
-        )
-    return source.to_numpy(float), served.to_numpy(float)
-
-
-ALL_TASKS = "all"
-
-
-def verdicts(frame: pd.DataFrame, margin: float, alpha: float, power: float) -> dict[str, PairedResult]:
-    """The paired test over all problems (`all`) and by task.
-
-    `all` decides, with one exception: a task shown to be worse than the margin (alpha shared among the tasks) fails the
-    whole, however good the others are. Short of that a task alone is UNDERPOWERED, not FAIL: four tasks tested at
-    power 0.8 would fail every second good model.
-    """
-    tasks = sorted(frame["task"].unique())
-    results = {ALL_TASKS: compare(*paired_arrays(frame), margin=margin, alpha=alpha, power=power)}
-    for task in tasks:
-        result = compare(*paired_arrays(frame[frame["task"] == task]), margin=margin, alpha=alpha, power=power)
-        shown_worse = score_interval(result.gains, result.losses, result.problems, alpha / len(tasks))[1] < -margin
-        if result.verdict != "PASS":
-            result = replace(result, verdict="FAIL" if shown_worse else "UNDERPOWERED")
-        if result.verdict == "FAIL":
-            results[ALL_TASKS] = replace(results[ALL_TASKS], verdict="FAIL", samples_needed=0)
-        results[task] = result
-    return results
-
-
-def accuracy_metrics(results: Mapping[str, PairedResult]) -> dict[str, float]:
-    """`accuracy.<task>.{source,served,difference,low,high,problems}`; `accuracy.difference` and the like over all."""
-    metrics: dict[str, float] = {}
-    for task, result in results.items():
-        prefix = "accuracy" if task == ALL_TASKS else f"accuracy.{task}"
-        values = {
-            "source": result.source,
-            "served": result.served,
-            "difference": result.difference,
-            "low": result.lower,
-            "high": result.upper,
-            "problems": float(result.problems),
-        }
-        metrics.update({f"{prefix}.{name}": value for name, value in values.items()})
-    return metrics
+            }, (lm_name, int(record["doc_id"]))  # fmt: skip
 
 
 def main() -> None:
@@ -235,7 +218,8 @@ def main() -> None:
     problems = read_problems(path)
     tasks = sorted({problem.domain for problem in problems})
     local = by_task(problems, tasks, None, str(path))
-    answers = ask(Side("served", url, model), tasks, local, Path(".kilotok") / "lm_tasks", max_new_tokens=256)
+    how = Questions(tasks, local, max_new_tokens=256)
+    answers = ask(Side("served", url, model), how, Path(".kilotok") / "lm_tasks")
     print(pd.DataFrame(answers.rows).groupby("task")["correct"].agg(["mean", "count"]))
 
 

@@ -14,17 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specs.errors import InputError
-
-# What lm-eval itself provides and we name in a spec; anything else must be a domain of the problems file.
-LM_EVAL_NAMES = {
-    "gpqa_diamond": "gpqa_diamond_cot_zeroshot",
-    "aime24": "aime24",
-    "aime25": "aime25",
-    "math500": "hendrycks_math500",
-    "livecodebench": "humaneval_instruct",  # lm-eval has no LiveCodeBench; its stand-in is named as such in the report
-    "gsm8k": "gsm8k_cot_zeroshot",
-    "mmlu_pro": "mmlu_pro",
-}
+from specs.validation import NAMED_TASKS
 
 
 @dataclass(frozen=True)
@@ -98,8 +88,8 @@ def by_task(
         members = [problem for problem in problems if problem.domain == task]
         if members:
             found[task] = members[:samples] if samples else members
-        elif task not in LM_EVAL_NAMES:
+        elif task not in NAMED_TASKS:
             domains = ", ".join(sorted({problem.domain for problem in problems})) or "none"
-            known = ", ".join(LM_EVAL_NAMES)
+            known = ", ".join(NAMED_TASKS)
             raise InputError(f"task {task!r} has no problems", where, f"domains there: {domains}; lm-eval's: {known}")
     return found

@@ -5,7 +5,7 @@
 
 It refuses to send a prompt twice in one run: a second time a cache could answer it.
 
-Run: `python -m pytest tests/tasks/test_validate_profiles.py`
+Run: `python -m pytest tests/tasks/test_validate.py`
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ def latency_metrics(rows: Rows, prefix: str = "latency") -> dict[str, float]:
     return metrics
 
 
+def waiting_metrics(rows: Rows, prefix: str) -> dict[str, float]:
+    """Of an open loop: time to first token since the request was *meant* to be sent. Failed requests wait for ever."""
+    waits = sorted(row["ttft_intended_ms"] if row["ok"] else math.inf for row in rows)
+    named = {f"{prefix}.ttft_intended_ms.p{q}": _quantile(waits, q / 100) for q in (50, 90, 99)} if waits else {}
+    return {name: value for name, value in named.items() if math.isfinite(value)}
+
+
 def server_tps(rows: Rows) -> float:
     """Output tokens of all users over the run's wall time."""
     good = [row for row in rows if row["ok"]]
@@ -118,5 +125,5 @@ def findings(rows: Rows) -> dict[str, int]:
 def _quantile(values: Iterable[float], share: float) -> float:
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
-    low = int(at)
-    return ordered[low] + (ordered[min(low + 1, len(ordered) - 1)] - ordered[low]) * (at - low)
+    low, high = ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)]
+    return low if high == low else low + (high - low) * (at - int(at))

@@ -1,7 +1,5 @@
 """The tables of a validation as pandera models: a row is checked before anyone reads it, and written as Parquet.
 
-A broken table raises IntegrityError naming row, column and value; nothing is coerced into looking right.
-
 It refuses free-form frames: a column that no model has is an error too.
 
 Run: `python -m pytest tests/tasks/test_tables.py`
@@ -11,14 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
 from pandera.typing import Series
 
-from specs.errors import IntegrityError
+from tasks.tables import check
 
 
 class Requests(pa.DataFrameModel):
@@ -102,32 +99,9 @@ class Acceptance(pa.DataFrameModel):
         return frame["accepted"] <= frame["drafted"]
 
 
-def check(frame: pd.DataFrame, model: type[pa.DataFrameModel], where: str = "") -> pd.DataFrame:
-    """`frame`, checked.
-
-    Raises IntegrityError with the first broken row, column, value and rule, and how many there are.
-    """
-    try:
-        return model.validate(frame, lazy=True)
-    except pa.errors.SchemaErrors as broken:
-        cases = broken.failure_cases
-        first = cases.iloc[0]
-        row = "" if pd.isna(first["index"]) else f" row {int(first['index'])}"
-        column = first["column"] if first["schema_context"] == "Column" else "(row)"
-        broke = f"column {column} value {first['failure_case']!r} breaks {first['check']}"
-        what = f"table {model.__name__.lower()}:{row} {broke}"
-        raise IntegrityError(
-            f"{what} ({len(cases)} in all)", where, "the measurement is not usable; see the log"
-        ) from broken
-
-
 def requests_frame(rows: Iterable[Mapping[str, Any]], where: str = "requests") -> pd.DataFrame:
     """Rows of `client.measure`, checked. The texts and a mock's own times stay out of the table."""
     columns = list(Requests.to_schema().columns)
     frame = pd.DataFrame([{name: row[name] for name in columns} for row in rows], columns=columns)
     frame["accepted_by_position"] = [json.dumps(list(counts)) for counts in frame["accepted_by_position"]]
     return check(frame, Requests, where)
-
-
-def write(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_parquet(path, index=False)

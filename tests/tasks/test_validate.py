@@ -37,6 +37,7 @@ def make_job(folder: Path, gates: list[dict[str, Any]] | None = None, **accuracy
     for name in ("bundle", "deploy", "out"):
         (folder / name).mkdir()
     (folder / "bundle" / "bundle.json").write_text('{"max_batch_size": 16, "max_seq_len": 2048}')
+    (folder / "bundle" / "checkpoint").symlink_to(TINY)  # what is served has the source's own weights
     asked = {
         "reference": "source",
         "tasks": ["code", "math", "facts", "extract"],
@@ -47,11 +48,22 @@ def make_job(folder: Path, gates: list[dict[str, Any]] | None = None, **accuracy
         "power": 0.8,
         "max_new_tokens": 128,
         "underpowered": "fail",
+        "repeats": 1,
+        "temperature": 0.0,
+        "early_stop": False,
+        "run_generated_code": False,
     }
-    latency = {"profile": "held_out", "requests": 12, "max_new_tokens": 128, "prompts": None}
+    latency = {"profile": "held_out", "requests": 12, "max_new_tokens": 128, "prompts": None, "users": [10],
+               "arrivals_per_s": []}  # fmt: skip
+    acceptance = {"golden": {}, "tolerance": 0.05}
     spec = {
         "name": "t",
-        "validate": {"accuracy": {**asked, **accuracy}, "latency": latency, "gates": GATES if gates is None else gates},
+        "validate": {
+            "accuracy": {**asked, **accuracy},
+            "latency": latency,
+            "acceptance": acceptance,
+            "gates": GATES if gates is None else gates,
+        },
         "engine": {"backend": "native", "draft_tokens": 3},
     }
     inputs = {"download": TINY, "build_engine": folder / "bundle", "deploy": folder / "deploy"}
@@ -104,7 +116,7 @@ def test_a_server_that_lies_about_its_tokens_never_passes(tmp_path: Path) -> Non
     record = validate(make_job(tmp_path), replace(PLAN, fault="usage"))
     assert record["verdict"] == "FAIL"
     assert state_of(record, "latency.usage_error_percent") == "FAIL"
-    assert record["findings"]["served"]["usage_mismatch"] == 24
+    assert record["findings"]["served"]["usage_mismatch"] == 32  # 12 alone, 2 for each of 10 users
 
 
 @pytest.mark.parametrize(
