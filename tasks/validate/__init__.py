@@ -59,6 +59,7 @@ class _Validation:
         self.settings = job.spec["validate"]
         self.accuracy, self.latency = self.settings["accuracy"], self.settings["latency"]
         self.draft_tokens = int(job.spec["engine"]["draft_tokens"])
+        self.golden = self.settings["acceptance"]["golden"] if self.draft_tokens else {}
         self.backend = str(job.spec["engine"].get("backend") or "native")
         self.count = token_counter(job.inputs["download"] / "tokenizer.json")
         path = resolve(self.accuracy["problems"], job) if self.accuracy.get("problems") else None
@@ -138,7 +139,7 @@ class _Validation:
         self.metrics["latency.failed_requests"] += sum(not row["ok"] for row in crowd)
         self.findings["served"] = profiles.findings([*rows, *crowd])
         if self.latency.get("witness"):
-            self.hear_witness(endpoint)
+            self.hear_witness(endpoint, rows)
         return [*rows, *crowd]
 
     def time_engine_alone(self) -> None:
@@ -155,14 +156,15 @@ class _Validation:
             speed.warm_up(endpoint, self.warm_up_asks())
             self.metrics.update(speed.engine_alone(endpoint, self.asks[: speed.BASELINE_REQUESTS]))
 
-    def hear_witness(self, endpoint: Any) -> None:
+    def hear_witness(self, endpoint: Any, rows: list[dict[str, Any]]) -> None:
         from tasks.validate.witness import measure
 
-        heard = measure(self.latency["witness"], endpoint, self.asks, self.job.scratch / "witness", self.metrics)
+        folder = self.job.scratch / "witness"
+        heard = measure(self.latency["witness"], endpoint, self.asks, rows, self.job.inputs["download"], folder)
         self.metrics.update(heard.metrics)
-        if (said := heard.disagreement(self.latency["witness_tolerance"])) is not None:
-            self.remarks.append(said)
-            self.findings["witness"] = {"disagreement": 1}
+        disagreement = heard.disagreement(self.latency["witness_tolerance"])
+        self.remarks.append(disagreement or heard.sentence())
+        self.findings["witness"] = {"disagreement": int(disagreement is not None)}
 
     def time_source(self, base_url: str) -> list[dict[str, Any]]:
         from tasks.validate import profiles, speed
@@ -249,7 +251,7 @@ class _Validation:
         scales = scale_errors(self.job.inputs["build_engine"], self.job.inputs["download"])
         self.metrics["bundle.scale_error_percent"] = scales[0].percent if scales else math.nan
         last_good = (self.job.extra.get("last_good") or {}).get("metrics")
-        evidence = Evidence(self.metrics, results, self.findings, self.remarks)
+        evidence = Evidence(self.metrics, results, bool(self.golden), self.findings, self.remarks)
         said = judge_all(evidence, self.settings, last_good)
         fit = self.read_draft(served["rows"]) if acceptance_failed(said.failed) else None
         causes = [asdict(cause) for cause in diagnose(said.failed, self.metrics, scales, fit, last_good)]
@@ -265,10 +267,10 @@ class _Validation:
         frame = acceptance_frame(usages, self.draft_tokens)
         write(frame, self.job.out / "acceptance.parquet")
         self.metrics.update(acceptance_metrics(frame))
-        if golden := self.settings["acceptance"]["golden"]:
-            self.metrics["acceptance.golden_gap"], where = golden_gap(frame, golden)
+        if self.golden:
+            self.metrics["acceptance.golden_gap"], where = golden_gap(frame, self.golden)
             self.remarks.append(f"furthest below the golden curve: {where}")
-            (self.job.out / "golden.json").write_text(json.dumps(golden))
+            (self.job.out / "golden.json").write_text(json.dumps(self.golden))
 
     def compare(self, served: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
         from tasks.validate.paired import accuracy_metrics, fill_unasked, problems_frame, verdicts

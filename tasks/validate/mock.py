@@ -279,7 +279,8 @@ class MockServer:
         if fault == "split_utf8":  # a server that decodes token by token and cuts a character in two
             text = "\ufffd" if index % 2 else text
         choice = {"index": 0, "finish_reason": None, **({"delta": {"content": text}} if chat else {"text": text})}
-        data = json.dumps({"id": "mock", "choices": [choice]}, ensure_ascii=False).encode()
+        kind = "chat.completion.chunk" if chat else "text_completion"  # other clients insist on it
+        data = json.dumps({"id": "mock", "object": kind, "choices": [choice]}, ensure_ascii=False).encode()
         if index == 2 and fault == "utf8":
             data = data.replace(b'": "', b'": "\xc3', 1)
         if index == 2 and fault == "malformed":
@@ -290,8 +291,9 @@ class MockServer:
         if stream.schedule is None or not stream.schedule.usage:
             return b""
         truth = {"first_sent_s": stream.first_sent_s, "last_sent_s": stream.last_sent_s}
-        finish = {"id": "mock", "choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}]}
-        usage = {"id": "mock", "choices": [], "usage": stream.schedule.usage, "mock": truth}
+        head = {"id": "mock", "object": "chat.completion.chunk"}
+        finish = {**head, "choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}]}
+        usage = {**head, "choices": [], "usage": stream.schedule.usage, "mock": truth}
         tail = b"" if self.plan.fault == "no_usage" else _sse(json.dumps(usage).encode())
         return _sse(json.dumps(finish).encode()) + tail + _sse(b"[DONE]") + b"0\r\n\r\n"
 

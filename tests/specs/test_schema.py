@@ -43,11 +43,26 @@ TINY = ROOT / "specs" / "tiny-llama4-cpu.yaml"
         "validate.gates=[{metric: latency.x, at_least: 1, at_most: 2}]",
         "validate.gates=[{metric: latency.x, at_least: 0.9 of yesterday}]",
         "validate.gates=[{metric: nonsense.x, at_least: 1}]",
+        "validate.gates=[{metric: latency.x, at_least: 1, tolerance: -1}]",
+        "validate.latency.profile=artificial_analysis_7k",
+        "validate.latency.users=[1]",
+        "validate.latency.arrivals_per_s=[0]",
+        "validate.latency.witness=trtllm-bench",
+        "validate.accuracy.repeats=4",
+        "validate.acceptance.golden={code: [1.2]}",
     ],
 )
 def test_refused(override: str) -> None:
     with pytest.raises(SpecError):
         load_spec(TINY, [override])
+
+
+def test_a_named_task_is_known_or_refused_and_runs_code_only_when_told() -> None:
+    maverick = ROOT / "specs" / "llama4-maverick-b200.yaml"
+    with pytest.raises(SpecError, match="no task gpqa"):
+        load_spec(maverick, ["validate.accuracy.tasks=[gpqa]"])
+    with pytest.raises(SpecError, match="run_generated_code"):
+        load_spec(maverick, ["validate.accuracy.run_generated_code=false"])
 
 
 @pytest.mark.parametrize(

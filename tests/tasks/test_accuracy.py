@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 
 from specs.errors import InputError, NetworkError, StageFailed
-from tasks.validate.accuracy import Side, accuracy_metrics, ask, paired_arrays, problems_frame, verdicts
+from specs.validation import NAMED_TASKS
+from tasks.validate.accuracy import Questions, Side, ask, load_tasks
 from tasks.validate.mock import MockPlan, mock_server
+from tasks.validate.paired import accuracy_metrics, paired_arrays, problems_frame, verdicts
 from tasks.validate.problems import Problem, by_task, read_problems
 
 GOOD = [
@@ -63,11 +65,12 @@ def test_an_empty_file_and_an_empty_domain_are_refused(tmp_path: Path) -> None:
     assert list(by_task(problems, ["math", "gsm8k"], 5, "")) == ["math"]
 
 
-def run_side(tmp_path: Path, name: str, plan: MockPlan) -> Any:
+def run_side(tmp_path: Path, name: str, plan: MockPlan, only: Any = None, **how: Any) -> Any:
     path = write(tmp_path / "held.jsonl", GOOD)
     local = by_task(read_problems(path), ["code", "math"], None, str(path))
     with mock_server(replace(plan, answers=str(path), ttft_ms=1, tokens_per_s=50000)) as url:
-        return ask(Side(name, url, "mock", timeout_s=5), ["code", "math"], local, tmp_path / "tasks", 64)
+        questions = Questions(["code", "math"], local, 64, **how)
+        return ask(Side(name, url, "mock", timeout_s=5), questions, tmp_path / "tasks", only=only)
 
 
 def test_lm_eval_asks_scores_and_keeps_the_answers(tmp_path: Path) -> None:
@@ -127,3 +130,39 @@ def test_problems_are_paired_by_id_not_by_order() -> None:
     source, served = paired_arrays(pd.concat([frame.iloc[:3], frame.iloc[3:].iloc[::-1]]))
     assert (source == served).all()
     assert Problem("i", "d", "p", "t").id == "i"
+
+
+# -- lm-eval's own tasks
+def test_every_named_task_is_in_the_installed_lm_eval_with_the_filter_that_counts() -> None:
+    """Their data are out of reach here; that the names and filters exist is not."""
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    assert set(NAMED_TASKS) >= {"gpqa_diamond", "aime24", "aime25", "math500", "livecodebench", "gsm8k", "mmlu_pro"}
+    for ours, (theirs, wanted) in NAMED_TASKS.items():
+        assert theirs in index, ours
+        filters = {entry["name"] for entry in index[theirs].cfg.get("filter_list", ())}
+        assert not wanted or wanted in filters, ours
+
+
+def test_a_task_whose_data_are_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(InputError, match="lm-eval cannot load aime24"):
+        load_tasks(Questions(["aime24"], {}, 64), tmp_path)
+
+
+def test_repeats_are_samples_of_the_same_problems(tmp_path: Path) -> None:
+    answers = run_side(tmp_path, "served", MockPlan(), repeats=3, temperature=0.7)
+    frame = pd.DataFrame(answers.rows)
+    assert sorted(frame.groupby("sample")["id"].nunique().tolist()) == [40, 40, 40]
+    source = frame.assign(side="source")
+    left, right = paired_arrays(problems_frame([*source.to_dict("records"), *answers.rows]))
+    assert left.shape == right.shape == (40, 3)
+    result = verdicts(problems_frame([*source.to_dict("records"), *answers.rows]), 0.05, 0.05, 0.8)["all"]
+    assert (result.problems, result.verdict) == (40, "UNDERPOWERED")  # 40 clusters, not 120 problems
+
+
+def test_some_problems_alone_can_be_asked(tmp_path: Path) -> None:
+    answers = run_side(tmp_path, "source", MockPlan(), only={"math": [3, 5]})
+    assert [row["id"] for row in answers.rows] == ["math-3", "math-5"]
+    assert answers.places["math", "math-5"] == ("math", 5)

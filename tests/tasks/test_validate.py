@@ -70,10 +70,10 @@ def make_job(folder: Path, gates: list[dict[str, Any]] | None = None, **accuracy
     return Job("validate", spec, ROOT, inputs, folder / "out")
 
 
-def validate(job: Job, candidate: MockPlan) -> dict[str, Any]:
+def validate(job: Job, candidate: MockPlan, original: MockPlan = PLAN) -> dict[str, Any]:
     @contextmanager
     def source(*_: Any) -> Iterator[str]:
-        with mock_server(replace(PLAN, tokens_per_s=1500)) as url:
+        with mock_server(replace(original, tokens_per_s=1500)) as url:
             yield url
 
     with mock_server(candidate) as url:
@@ -104,6 +104,49 @@ def test_a_worse_candidate_fails(tmp_path: Path) -> None:
     record = validate(make_job(tmp_path), replace(PLAN, wrong_every=7))
     assert record["verdict"] == "FAIL"
     assert state_of(record, "accuracy.difference") == "FAIL"
+
+
+def test_an_early_stop_asks_the_source_less_and_says_the_same(tmp_path: Path) -> None:
+    record = validate(make_job(tmp_path, early_stop=True), replace(PLAN, wrong_every=30))
+    asked = pd.read_parquet(tmp_path / "out" / "problems.parquet").groupby("side").size()
+    assert record["overall"]["verdict"] == "PASS"
+    assert asked["served"] == 256
+    assert asked["source"] < 64
+    assert any("no further answer can change PASS" in text for text in record["warnings"])
+
+
+def test_a_source_that_is_always_wrong_has_nothing_to_lose_and_passes_nothing(tmp_path: Path) -> None:
+    record = validate(make_job(tmp_path), replace(PLAN, wrong_every=1), replace(PLAN, wrong_every=1))
+    assert record["overall"]["verdict"] == "PASS"  # the paired test sees two equal models
+    assert record["verdict"] == "FAIL"
+    assert state_of(record, "accuracy.code.source") == "FAIL"
+
+
+def test_a_missed_golden_curve_fails(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    job.spec["validate"]["acceptance"]["golden"] = {"code": [0.5, 0.99]}
+    record = validate(job, PLAN)
+    assert state_of(record, "acceptance.golden_gap") == "FAIL"
+    assert any("position 2 of code" in text for text in record["warnings"])
+
+
+def test_every_load_of_the_spec_has_its_own_figures(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    job.spec["validate"]["latency"] |= {"users": [2, 4], "arrivals_per_s": [50.0, 2.5], "requests": 3}
+    metrics = validate(job, PLAN)["metrics"]
+    for name in ("parallel_2.tps_server", "parallel_4.tps_per_user.p50", "open_loop_50.ttft_intended_ms.p90"):
+        assert metrics[f"latency.{name}"] > 0
+    assert metrics["latency.open_loop_2_5.tps_server"] > 0
+    profiles = set(pd.read_parquet(job.out / "requests.parquet")["profile"])
+    assert profiles == {"one_in_flight", "parallel_2", "parallel_4", "open_loop_50", "open_loop_2.5"}
+
+
+def test_a_witness_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job = make_job(tmp_path)
+    job.spec["validate"]["latency"]["witness"] = "aiperf"
+    with pytest.raises(InputError, match="aiperf is not on the PATH"):
+        validate(job, PLAN)
 
 
 def test_too_few_problems_are_underpowered_not_passed(tmp_path: Path) -> None:
