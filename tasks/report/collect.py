@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.job import Job
-from tasks.report import lineage, measures, quality
+from tasks.report import lineage, measures, quality, trust
 from tasks.report.words import as_number, count, figure, first, listed, meaning, signed
 
 FORMAT = 1
@@ -44,6 +44,7 @@ def collect(job: Job) -> dict[str, Any]:
         "verdict": verdict,
         "gates": gates,
         "remarks": _remarks(outcome),
+        "causes": trust.causes(outcome),
         "metrics": metrics,
         "headline": measures.headline(metrics, cycle),
         "pareto": _pareto(requests, metrics),
@@ -56,6 +57,9 @@ def collect(job: Job) -> dict[str, Any]:
         ),
         "quantization": quality.quantization(files.table("quantize", "layers.parquet")),
         "latency": measures.latency(requests),
+        "loads": trust.loads(metrics),
+        "engine_alone": trust.engine_alone(metrics),
+        "grounds": trust.grounds(metrics, outcome),
         "draft": _draft(files),
         "stages": lineage.stages(receipts),
         "prediction": _prediction(job, metrics, receipts),

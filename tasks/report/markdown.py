@@ -23,6 +23,7 @@ def render(report: Mapping[str, Any]) -> str:
         "",
         clean(report["reason"]),
         "",
+        *_causes(report),
         clean(said["speed"]),
         "",
     ]
@@ -64,6 +65,11 @@ def render(report: Mapping[str, Any]) -> str:
     lines += _section("Predicted and actual", said["prediction"])
     lines += _section("Provenance", said["provenance"])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _causes(report: Mapping[str, Any]) -> list[str]:
+    said = [[clean(row[name]) for name in ("cause", "evidence", "fix")] for row in report.get("causes") or ()]
+    return [line for cause, *rest in said for line in (f"**Likely cause:** {cause}. {'. '.join(rest)}.", "")]
 
 
 def _gate(gate: Mapping[str, Any]) -> tuple[str, ...]:

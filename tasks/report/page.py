@@ -58,6 +58,7 @@ def environment() -> Environment:
         tight=_tight,
         breakable=_breakable,
         named=_named,
+        sentence=_sentence,
     )
     env.globals["style"] = Markup((HERE / "style.css").read_text(encoding="utf-8"))
     return env
@@ -69,6 +70,11 @@ _UNIT = re.compile(r"(?<=\d) (?=(?:%|tokens/s|tokens|ms|µs|s|pt|dB|points)\b|%)
 def _tight(text: str) -> str:
     """A figure and its unit stay on one line."""
     return _UNIT.sub("\N{NO-BREAK SPACE}", text)
+
+
+def _sentence(text: str) -> str:
+    """Begins with a capital."""
+    return text[:1].upper() + text[1:]
 
 
 def _arrows(text: str) -> str:

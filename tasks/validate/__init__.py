@@ -290,13 +290,18 @@ class _Validation:
 
     def read_draft(self, answered: list[dict[str, Any]]) -> Any:
         """The head on some served answers, teacher-forced; None for an engine that has no reference here."""
+        from specs.errors import KilotokError
         from tasks.validate.probe import draft_fit
 
         prompts = {problem.id: problem.prompt for problems in self.how.local.values() for problem in problems}
         known = [(prompts[row["id"]], row["answer"]) for row in answered if row["id"] in prompts]
         if self.backend != "native" or not known or not self.draft_tokens:
             return None
-        return draft_fit(self.job.inputs["build_engine"], known[:: max(len(known) // DIALOGUES_READ, 1)])
+        try:
+            return draft_fit(self.job.inputs["build_engine"], known[:: max(len(known) // DIALOGUES_READ, 1)])
+        except KilotokError as error:  # a cause less is no reason to lose a verdict
+            self.remarks.append(f"the draft could not be read again: {error}")
+            return None
 
 
 def _write_whole(path: Path, text: str) -> None:

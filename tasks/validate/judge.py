@@ -53,7 +53,7 @@ def judge_all(evidence: Evidence, settings: Mapping[str, Any], last_good: Mappin
     verdict = "PASS" if passed(results) else "FAIL"
     if overall.verdict == "FAIL" or (overall.verdict == "UNDERPOWERED" and verdict == "PASS" and not only_warn):
         verdict = overall.verdict
-    return Judgement(verdict, rows, [*remarks, *evidence.remarks])
+    return Judgement(verdict, rows, remarks)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def write_verdict(out: Path, evidence: Evidence, said: Judgement, causes: Sequen
     record = {
         "verdict": said.verdict,
         "gates": said.gates,
-        "warnings": said.remarks,
+        "warnings": [*said.remarks, *evidence.remarks],
         "causes": list(causes),
         "overall": accuracy.pop(ALL_TASKS),
         "accuracy": accuracy,

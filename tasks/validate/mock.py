@@ -3,7 +3,7 @@
 It is a process of its own, one thread over non-blocking sockets. A reply is made whole beforehand and cut by due
 time: a late loop sends what is due at once instead of sliding the schedule. The last event carries the times at which
 it really sent the first and the last token (system-wide monotonic clock), so that the client's error can be told from
-the mock's.
+the mock's; `GET /truth` has the true tokens/s of every finished stream, for clients that do not look there.
 
 It refuses to be a model: it answers prompts from a file, or with a fixed word.
 
@@ -104,6 +104,7 @@ class MockServer:
         self.busy_until_s = 0.0
         self.answers: dict[str, str] = {}
         self.cache: dict[tuple[str, int | None, bool], Schedule] = {}
+        self.true_tps: list[float] = []
         self.tokenizer: Any = None
         if plan.answers:
             self._read_answers()
@@ -204,8 +205,10 @@ class MockServer:
 
     def _answer(self, stream: Stream, path: str, body: bytes) -> None:
         plan, now = self.plan, clock()
-        if not path.endswith("completions"):
-            payload = {"data": [{"id": "mock"}]} if path.endswith("/models") else {"status": "ok"}
+        if path.endswith("/truth"):
+            stream.outbox += _plain(200, {"tps": self.true_tps})
+        elif not path.endswith("completions"):
+            payload: dict[str, Any] = {"data": [{"id": "mock"}]} if path.endswith("/models") else {"status": "ok"}
             stream.outbox += _plain(200, payload)
         elif plan.fault in ("429", "503") or (plan.fault == "503_once" and self.refused == 0):
             self.refused += 1
@@ -291,6 +294,9 @@ class MockServer:
         if stream.schedule is None or not stream.schedule.usage:
             return b""
         truth = {"first_sent_s": stream.first_sent_s, "last_sent_s": stream.last_sent_s}
+        schedule, span_s = stream.schedule, stream.last_sent_s - stream.first_sent_s
+        if span_s > 0:
+            self.true_tps.append(round(schedule.offsets_s[-1] * self.plan.tokens_per_s) / span_s)
         head = {"id": "mock", "object": "chat.completion.chunk"}
         finish = {**head, "choices": [{"index": 0, "delta": {}, "text": "", "finish_reason": "stop"}]}
         usage = {**head, "choices": [], "usage": stream.schedule.usage, "mock": truth}

@@ -37,7 +37,7 @@ def source_server(download: Path, candidate: Path, scratch: Path, backend: str) 
     bundle = scratch / "source-bundle"
     if not (bundle / "bundle.json").is_file():
         _build(download, candidate, bundle)
-    with _native_server(bundle, scratch, "source", "--no-speculation") as url:
+    with native_server(bundle, scratch, "source", "--no-speculation") as url:
         yield url
 
 
@@ -45,7 +45,7 @@ def source_server(download: Path, candidate: Path, scratch: Path, backend: str) 
 def forced_server(candidate: Path, scratch: Path, backend: str, tokens_per_cycle: float) -> Iterator[str]:
     """Base URL of the candidate's engine at a forced acceptance. Raises as `source_server`."""
     _only_native(backend, "forced")
-    with _native_server(candidate, scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
+    with native_server(candidate, scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
         yield url
 
 
@@ -57,7 +57,8 @@ def _only_native(backend: str, name: str) -> None:
 
 
 @contextmanager
-def _native_server(bundle: Path, scratch: Path, name: str, *flags: str) -> Iterator[str]:
+def native_server(bundle: Path, scratch: Path, name: str, *flags: str) -> Iterator[str]:
+    """Base URL of a bundle on a free port of this machine."""
     port, log = free_port(HOST), scratch / f"{name}-server.log"
     argv = [sys.executable, "-m", "engine_plugins.native.server", "--bundle", str(bundle), "--host", HOST]
     process = spawn([*argv, "--port", str(port), "--served-model-name", name, *flags], log)

@@ -81,7 +81,7 @@ def measure(tool: str, endpoint: Endpoint, asks: Sequence[Ask], rows: Rows, toke
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    argv, read = {"aiperf": (_aiperf_argv, _read_aiperf), "guidellm": (_guidellm_argv, _read_guidellm)}[tool]
+    argv, read = TOOLS[tool]
     log = folder / f"{tool}.log"
     process = spawn(argv(endpoint, asks, tokenizer, folder), log, cwd=folder)
     try:
@@ -115,15 +115,15 @@ def ours(rows: Rows) -> tuple[float, float, float]:
     )
 
 
-def _aiperf_argv(endpoint: Endpoint, asks: Sequence[Ask], tokenizer: Path, folder: Path) -> list[str]:
+def _aiperf_argv(endpoint: Endpoint, asks: Sequence[Ask], tokenizer: Path, folder: Path, users: int = 1) -> list[str]:
     lines = [{"text": ask.prompt, "output_length": ask.max_tokens} for ask in asks]
     _write_lines(folder / "prompts.jsonl", lines)
     return [
         "aiperf", "profile", "--model-names", endpoint.model, "--url", endpoint.address.url, "--endpoint-type", "chat",
         "--streaming", "--tokenizer", str(tokenizer.resolve()), "--input-file", str(folder.resolve() / "prompts.jsonl"),
-        "--custom-dataset-type", "single_turn", "--dataset-sampling-strategy", "sequential", "--concurrency", "1",
-        "--request-count", str(len(asks)), "--extra-inputs", "temperature:0", "--no-gpu-telemetry",
-        "--output-artifact-dir", str(folder.resolve() / "out"),
+        "--custom-dataset-type", "single_turn", "--dataset-sampling-strategy", "sequential",
+        "--concurrency", str(users), "--request-count", str(len(asks)), "--extra-inputs", "temperature:0",
+        "--no-gpu-telemetry", "--output-artifact-dir", str(folder.resolve() / "out"),
     ]  # fmt: skip
 
 
@@ -133,11 +133,12 @@ def _read_aiperf(folder: Path) -> tuple[float, float, float, int]:
     return float(speed), float(ttft), float(said["output_sequence_length"]["avg"]), int(said["request_count"]["avg"])
 
 
-def _guidellm_argv(endpoint: Endpoint, asks: Sequence[Ask], tokenizer: Path, folder: Path) -> list[str]:
+def _guidellm_argv(endpoint: Endpoint, asks: Sequence[Ask], tokenizer: Path, folder: Path, users: int = 1) -> list[str]:
     _write_lines(folder / "prompts.jsonl", [{"prompt": ask.prompt} for ask in asks])
     backend = f"kind=openai_http,target={endpoint.address.url},model={endpoint.model},max_tokens={asks[0].max_tokens}"
+    profile = f"kind=concurrent,streams={users}" if users > 1 else "kind=synchronous"
     return [
-        "guidellm", "run", "--backend", backend, "--profile", "kind=synchronous",
+        "guidellm", "run", "--backend", backend, "--profile", profile,
         "--constraint", f"kind=max_requests,count={len(asks)}",
         "--data", f"kind=json_file,path={folder.resolve() / 'prompts.jsonl'}",
         "--tokenizer", f"kind=hf_auto,model={tokenizer.resolve()}",
@@ -156,6 +157,10 @@ def _read_guidellm(folder: Path) -> tuple[float, float, float, int]:
         float(good["output_token_count"]["mean"]),
         int(metrics["request_totals"]["successful"]),
     )
+
+
+# How each tool is called, and how what it left is read: (tokens/s, ms to the first token, tokens, requests finished).
+TOOLS = {"aiperf": (_aiperf_argv, _read_aiperf), "guidellm": (_guidellm_argv, _read_guidellm)}
 
 
 def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

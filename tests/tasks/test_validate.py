@@ -107,7 +107,7 @@ def test_a_worse_candidate_fails(tmp_path: Path) -> None:
 
 
 def test_an_early_stop_asks_the_source_less_and_says_the_same(tmp_path: Path) -> None:
-    record = validate(make_job(tmp_path, early_stop=True), replace(PLAN, wrong_every=30))
+    record = validate(make_job(tmp_path, early_stop=True), replace(PLAN, wrong_every=60))
     asked = pd.read_parquet(tmp_path / "out" / "problems.parquet").groupby("side").size()
     assert record["overall"]["verdict"] == "PASS"
     assert asked["served"] == 256
@@ -128,6 +128,7 @@ def test_a_missed_golden_curve_fails(tmp_path: Path) -> None:
     record = validate(job, PLAN)
     assert state_of(record, "acceptance.golden_gap") == "FAIL"
     assert any("position 2 of code" in text for text in record["warnings"])
+    assert any("draft could not be read" in text for text in record["warnings"])  # a mock has none; the verdict stands
 
 
 def test_every_load_of_the_spec_has_its_own_figures(tmp_path: Path) -> None:
