@@ -26,7 +26,7 @@ def measure_live(spec: Spec, checkpoint: Path, base_url: str, runs: int, workdir
     `checkpoint` has the tokenizer. Raises NetworkError when the endpoint does not answer.
     """
     from specs.lock import read_lock
-    from tasks.validate import _Validation
+    from tasks.validate import _Validation, speed
 
     lock = read_lock(spec)
     tree: dict[str, Any] = spec.to_dict()
@@ -34,23 +34,18 @@ def measure_live(spec: Spec, checkpoint: Path, base_url: str, runs: int, workdir
     job = Job("validate", tree, spec.root, inputs, workdir, lock.to_dict() if lock else None)
     workdir.mkdir(parents=True, exist_ok=True)
     measuring = _Validation(job, Progress())
-    endpoint = measuring.endpoint(base_url)
-    measuring.warm_up(endpoint)
+    endpoint = speed.connect(base_url, measuring.count)
+    speed.warm_up(endpoint, measuring.warm_up_asks())
     return [_once(measuring, endpoint) for _ in range(runs)]
 
 
 def _once(measuring: Any, endpoint: Any) -> dict[str, float]:
+    from tasks.validate import speed
     from tasks.validate.acceptance import acceptance_frame, acceptance_metrics
-    from tasks.validate.load import one_in_flight
-    from tasks.validate.profiles import integrity_metrics, latency_metrics
-    from tasks.validate.waterfall import cycle_metrics, waterfall
 
-    before = measuring.counters(endpoint)
-    rows = one_in_flight(endpoint, measuring.asks)
-    made = waterfall(before, measuring.counters(endpoint), rows)
+    rows, made = speed.alone(endpoint, measuring.asks)
     usages = [(row["domain"], row) for row in rows if row["ok"]]
-    found = latency_metrics(rows) | cycle_metrics(made) | integrity_metrics(rows)
-    found |= acceptance_metrics(acceptance_frame(usages, measuring.draft_tokens))
+    found = speed.one_user(rows, made) | acceptance_metrics(acceptance_frame(usages, measuring.draft_tokens))
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
