@@ -33,6 +33,7 @@ def bench_engine(
     speculate: bool = True,
     rounds: int = 12,
     row_budget: int = 16,
+    fused: bool = True,
 ) -> dict[str, Any]:
     """Best of `rounds`: decode tokens/s (prefill excluded by counting from the first token), and the cycle's split."""
     engine = Engine(
@@ -43,12 +44,13 @@ def bench_engine(
         forced_acceptance=acceptance,
         verify_digests=False,
         row_budget=row_budget,
+        fused=fused,
     )
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, engine.config.vocab_size, prompt_tokens).tolist() for _ in range(users)]
+    rng = np.random.default_rng(0)  # new prompts in every round: none of them is in a cache already
     best: dict[str, Any] = {"tokens_per_s": 0.0}
     try:
         for _ in range(rounds):
+            prompts = [rng.integers(3, engine.config.vocab_size, prompt_tokens).tolist() for _ in range(users)]
             result = _round(engine, prompts, SamplingParams(max_tokens=tokens, ignore_eos=True))
             best = max(best, result, key=lambda r: r["tokens_per_s"])
         return {
@@ -58,6 +60,7 @@ def bench_engine(
             "threads": engine.counters().get("threads"),
             "isa": engine.counters()["isa"],
             "draft_tokens": engine.draft_tokens,
+            "fused": fused,
         }
     finally:
         engine.close()
@@ -176,6 +179,7 @@ def main() -> None:
         "--row-budget", type=int, default=16, help="slots * (1 + drafts) at most; more drafts cost more"
     )
     parser.add_argument("--no-speculation", action="store_true")
+    parser.add_argument("--no-fusion", action="store_true", help="one operator at a time, for comparison")
     parser.add_argument("--ops", action="store_true", help="GEMV against memory bandwidth")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -194,6 +198,7 @@ def main() -> None:
                 isa=args.isa,
                 speculate=not args.no_speculation,
                 row_budget=args.row_budget,
+                fused=not args.no_fusion,
             )
             for u in args.users
         ]

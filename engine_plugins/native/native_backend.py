@@ -281,7 +281,7 @@ class NativeBackend:
         return out
 
     def counters(self) -> dict[str, Any]:
-        groups, counts = np.zeros(len(GROUPS) + 1), np.zeros(4 + MAX_DRAFTS, np.uint64)
+        groups, counts = np.zeros(len(GROUPS) + 1), np.zeros(5 + MAX_DRAFTS, np.uint64)
         self._lib.kt_counters(self._handle, groups.ctypes.data, counts.ctypes.data)
         seconds = {name: float(value) for name, value in zip(GROUPS, groups, strict=False)}
         return {
@@ -292,7 +292,8 @@ class NativeBackend:
             "decode_rows": int(counts[1]),
             "prefill_rows": int(counts[2]),
             "proposed_cycles": int(counts[3]),
-            "accepted_by_position": [int(x) for x in counts[4 : 4 + self._k]],
+            "phases": int(counts[4]),
+            "accepted_by_position": [int(x) for x in counts[5 : 5 + self._k]],
             "seconds": float(groups[-1]),
             "seconds_by_group": seconds,
         }

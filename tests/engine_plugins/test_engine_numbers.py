@@ -60,12 +60,24 @@ def test_every_instruction_set_gives_the_same_bits(
 def test_fusion_does_not_change_a_bit(
     bundles: Path, fp8_bundle: Path, name: str, open_engine: Callable[..., Engine]
 ) -> None:
-    """Also a check that the operators of the comparison do the same work; their time shows in other groups."""
     ids, bundle = tokens(150), fp8_bundle if name == "fp8" else bundles / name
     fused, apart = open_engine(bundle), open_engine(bundle, fused=False)
     assert np.array_equal(fused.logits(ids), apart.logits(ids))
     if name in ("tiny", "fp8"):
         assert np.array_equal(fused.hidden(ids), apart.hidden(ids))
+
+
+def test_the_fused_path_really_ran(bundles: Path, open_engine: Callable[..., Engine]) -> None:
+    """Five joins a layer, one for the head and one for the choice; apart, each operator and each expert has its own."""
+    phases = {}
+    for fused in (True, False):
+        engine = open_engine(bundles / "tiny", speculate=False, fused=fused)
+        engine.generate([[5]], SamplingParams(max_tokens=20, ignore_eos=True))
+        counters = engine.counters()
+        phases[fused] = counters["phases"] / counters["cycles"]
+    layers = 8
+    assert phases[True] == 5 * layers + 2
+    assert phases[False] > 3 * phases[True]
 
 
 @pytest.mark.parametrize("threads", [1, 3, 8])

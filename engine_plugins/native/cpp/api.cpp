@@ -322,14 +322,14 @@ KT_API void kt_forced(void* handle, int slot, const int32_t* tokens, int count, 
   h->table->forced(h->e, slot, tokens, count, what, out);
 }
 
-// groups: seconds of each Group, then wall seconds. counts: cycles, decode rows, prefill rows, proposed, accepted[15].
+// groups: seconds of each Group, then wall seconds. counts: cycles, decode rows, prefill rows, proposed, phases, accepted[15].
 KT_API void kt_counters(void* handle, double* groups, uint64_t* counts) {
   const Engine& e = static_cast<Handle*>(handle)->e;
   const double second = e.wall_ticks ? double(e.wall_ns) / double(e.wall_ticks) * 1e-9 : 0.0;
   for (int g = 0; g < kNumGroups; ++g) groups[g] = double(int64_t(e.ticks[g])) * second;
   groups[kNumGroups] = double(e.wall_ns) * 1e-9;
-  counts[0] = e.cycles, counts[1] = e.decode_rows, counts[2] = e.prefill_rows, counts[3] = e.proposed;
-  for (int i = 0; i < kMaxDrafts; ++i) counts[4 + i] = e.accepted[i];
+  counts[0] = e.cycles, counts[1] = e.decode_rows, counts[2] = e.prefill_rows, counts[3] = e.proposed, counts[4] = e.phases;
+  for (int i = 0; i < kMaxDrafts; ++i) counts[5 + i] = e.accepted[i];
 }
 
 // For benches and kernel tests: a loose matrix on an engine made for its threads and scratch. Null when it does not fit.

@@ -99,7 +99,7 @@ struct Engine {
   int* expert_scratch[kMaxThreads];
   size_t scratch_floats, score_floats;
   Pool* pool;
-  uint64_t ticks[kNumGroups], cycles, decode_rows, prefill_rows, accepted[kMaxDrafts + 1], proposed;
+  uint64_t ticks[kNumGroups], cycles, decode_rows, prefill_rows, phases, accepted[kMaxDrafts + 1], proposed;
   uint64_t wall_ns, wall_ticks;
 };
 

@@ -26,6 +26,7 @@ static void phase(Engine& e, Group group, int chunks, F& f) {
   const uint64_t start = ticks();
   pool_run(e.pool, invoke<F>, &f, chunks);
   e.ticks[group] += ticks() - start;
+  ++e.phases;
 }
 
 // Each thread's own one-time work in a phase. Thread 0's share is moved from the phase's group to kNorm.
