@@ -22,7 +22,7 @@ KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const 
 #pragma GCC unroll 4
     for (int g = 0; g < NG; ++g) {
       const uint8_t* at = w + g * group_bytes + (size_t)p * step;
-      if (kWide || MR <= 4) _mm_prefetch((const char*)(at + 768), _MM_HINT_T0);
+      if (kWide || MR <= 4) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
       V even, odd;
       if (DT == kBf16) vdecode_bf16(at, even, odd);
       else vdecode_fp8(at, even, odd);
@@ -50,7 +50,7 @@ KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_
 #pragma GCC unroll 8
     for (int g = 0; g < NG; ++g) {
       const uint8_t* at = w + g * group_bytes + (size_t)p * 32;
-      _mm_prefetch((const char*)(at + 1024), _MM_HINT_T0);
+      _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
       vdecode_dot(tables, _mm512_loadu_si512(at), first, second);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p, first);
@@ -85,7 +85,7 @@ static void gemm_groups(const uint8_t* w, size_t group_bytes, int groups, int pa
 
 template <int DT, int MR>
 static void gemm_row_tile(const uint8_t* w, size_t group_bytes, int groups, int pairs, const float* const* x, float* out, int ldo) {
-  constexpr int dot = MR == 1 ? 8 : MR <= 4 ? 4 : 2, wide = MR <= 2 ? 4 : 2, narrow = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  constexpr int dot = MR == 1 ? 4 : MR <= 4 ? 4 : 2, wide = MR <= 2 ? 4 : 2, narrow = MR == 1 ? 4 : MR == 2 ? 2 : 1;
   gemm_groups<DT, MR, kDot && DT == kRounded ? dot : kWide ? wide : narrow>(w, group_bytes, groups, pairs, x, out, ldo);
 }
 
