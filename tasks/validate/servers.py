@@ -1,11 +1,12 @@
 """Validate's own servers on this machine, each ending with the run: the source, and the engine at a forced acceptance.
 
 `source_server` serves the BF16 source, built from the verified download, without speculation and one operator at a
-time (engine_plugins/native/cpp/unfused.h): the other side of every comparison. `forced_server` serves the candidate's bundle accepting drafts at a fixed rate, right or wrong: its speed is
-the engine's alone, so a change of speed is the engine's or the draft's.
+time (engine_plugins/native/cpp/unfused.h): the other side of every comparison. `forced_server` serves the candidate's
+bundle accepting drafts at a fixed rate, right or wrong: its speed is the engine's alone, so a change of speed is the
+engine's or the draft's.
 
-It refuses to stand in for the source with anything quantized, speculative or fused, and to give a forced answer to anyone
-but the stopwatch.
+It refuses to stand in for the source with anything quantized, speculative or fused, and to give a forced answer to
+anyone but the stopwatch.
 
 Run: part of `validate`; alone: `python -m engine_plugins.native.server --bundle DIR --forced-acceptance 3`
 """
