@@ -109,45 +109,45 @@ def over_http(bundle: Path, *flags: str, requests: int = 24) -> dict[str, float]
     """Real prompts and drafts, one user at a time: tokens after the first per second, counted by the server."""
     import httpx
 
-    from tasks.edges.service import free_port
+    from tasks.edges.service import free_port, http_status
 
-    port = free_port("127.0.0.1")
-    argv = [sys.executable, "-m", "engine_plugins.native.server", "--bundle", str(bundle), "--port", str(port), *flags]
-    server = subprocess.Popen([*argv, "--served-model-name", "m"], cwd=ROOT)
+    url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    argv = [sys.executable, "-m", "engine_plugins.native.server", "--bundle", str(bundle), "--port", url.split(":")[-1]]
+    server = subprocess.Popen([*argv, "--served-model-name", "m", *flags], stderr=subprocess.DEVNULL, cwd=ROOT)
     lines = (ROOT / "specs/models/tiny-llama4/heldout.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines[:: max(1, len(lines) // requests)][:requests]]
-    speeds, cycles, accepted = [], 0, 0
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            for _ in range(200):
-                try:
-                    client.get("/health")
-                    break
-                except httpx.TransportError:
-                    time.sleep(0.1)
-            for prompt in prompts:
-                body = {
-                    "model": "m",
-                    "messages": [{"role": "user", "content": prompt}],
-                    "max_tokens": 128,
-                    "temperature": 0,
-                }
-                body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-                first = last = 0.0
-                with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                    for line in answer.iter_lines():
-                        if '"content":"' in line or '"finish_reason":"' in line:
-                            last = time.perf_counter()
-                            first = first or last
-                        if '"usage":{' in line:
-                            usage = json.loads(line.removeprefix("data: "))["usage"]
-                speeds.append((usage["completion_tokens"] - 1) / (last - first))
-                cycles += usage["speculation"]["cycles"]
-                accepted += sum(usage["speculation"]["accepted_by_position"])
+        while http_status(f"{url}/health") != 200:
+            if server.poll() is not None:
+                raise SystemExit(f"the server of {bundle} ended with {server.returncode}")
+            time.sleep(0.1)
+        with httpx.Client(base_url=url, timeout=60) as client:
+            answers = [_answer(client, prompt) for prompt in prompts]
     finally:
         server.terminate()
         server.wait(20)
-    return {"tokens_per_s": statistics.median(speeds), "acceptance_length": 1 + accepted / max(1, cycles)}
+    cycles, accepted = sum(a[1] for a in answers), sum(a[2] for a in answers)
+    return {
+        "tokens_per_s": statistics.median(speed for speed, _, _ in answers),
+        "acceptance_length": 1 + accepted / max(1, cycles),
+    }
+
+
+def _answer(client: Any, prompt: str) -> tuple[float, int, int]:
+    """Tokens per second after the first, cycles with drafts, accepted drafts of one streamed answer."""
+    body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "max_tokens": 128, "temperature": 0}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    first = last = 0.0
+    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if '"content":"' in line or '"finish_reason":"' in line:
+                last = time.perf_counter()
+                first = first or last
+            if '"usage":{' in line:
+                usage = json.loads(line.removeprefix("data: "))["usage"]
+    speculation = usage["speculation"]
+    speed = (usage["completion_tokens"] - 1) / (last - first)
+    return speed, speculation["cycles"], sum(speculation["accepted_by_position"])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

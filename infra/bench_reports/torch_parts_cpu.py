@@ -45,6 +45,12 @@ def best_us(call: Callable[[], Any], rounds: int = 5, calls: int = 12) -> float:
     return best * 1e6
 
 
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotated halves, as transformers computes them."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
 def part_times(s: Shape, rows: int, context: int = 192) -> dict[str, float]:
     """Microseconds per layer (per head for lm_head, sampling), by the engine's group names."""
     D, q_width, kv_width = s.head_dim, s.heads * s.head_dim, s.kv_heads * s.head_dim
@@ -62,13 +68,10 @@ def part_times(s: Shape, rows: int, context: int = 192) -> dict[str, float]:
     mask = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
     logits, drafts = torch.randn(rows, s.vocab), torch.randint(0, s.vocab, (rows - 1,))
 
-    def rope(t: torch.Tensor) -> torch.Tensor:
-        return t * cos + torch.cat((-t[..., D // 2 :], t[..., : D // 2]), -1) * sin
-
     def qkv_parts() -> None:
         q, k, v = F.linear(x, qkv.next).split([q_width, kv_width, kv_width], -1)
-        rope(q.view(rows, s.heads, D))
-        k_cache[at], v_cache[at] = rope(k.view(rows, s.kv_heads, D)), v.view(rows, s.kv_heads, D)
+        rope(q.view(rows, s.heads, D), cos, sin)
+        k_cache[at], v_cache[at] = rope(k.view(rows, s.kv_heads, D), cos, sin), v.view(rows, s.kv_heads, D)
 
     def attention() -> None:
         keys, values = (c.transpose(0, 1)[None] for c in (k_cache, v_cache))
