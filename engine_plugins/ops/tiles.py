@@ -2,7 +2,7 @@
 
 What it is: device functions. FP8 operands are unpacked to FP16, exactly, before they multiply: sums are fp32.
 What it refuses to be: a launcher. Imported only where Triton is (Linux).
-Run it: `python -m pytest tests/engine_plugins/test_triton.py` runs every kernel in Triton's interpreter.
+Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py` runs kernels in Triton's interpreter.
 Legend: M rows (padded to 16), N outputs, K inputs, E experts.
 """
 

@@ -5,7 +5,7 @@
 // inboxes by the parity of the epoch are enough: a peer can only be one call ahead, because to finish it needed our part.
 // Epochs live in device memory, per token, so a CUDA graph can be replayed.
 // What it refuses to be: a collective for large messages; above 8 tokens use two-shot.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated with 2, 4 and 8 ranks by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated with 2, 4 and 8 ranks by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "cuda/device.cuh"
 

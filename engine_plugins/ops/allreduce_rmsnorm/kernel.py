@@ -1,7 +1,7 @@
 """allreduce_rmsnorm in Triton: push a rank's part into every peer's inbox, add what arrives, normalize.
 
 What it is: the protocol and the inbox layout of `kernel.cuh`; an int64 word is two values below and the epoch above.
-What it refuses to be: a collective for large messages. Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
+What it refuses to be: a collective for large messages. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, H hidden, R ranks. A word is two BF16 values.
 """
 

@@ -3,7 +3,7 @@
 // What it is: inline PTX on the device; under a C++ compiler the same names come from an emulator (the tests'), so that every
 // index a kernel computes is run without a GPU.
 // What it refuses to be: a library of tricks. One name per instruction that the kernels really use.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include <stdint.h>
 #include <string.h>

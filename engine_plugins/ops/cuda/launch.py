@@ -3,7 +3,7 @@
 What it is: one method per op that allocates the outputs and calls the C ABI of `api.cu` on the current stream. Nothing
 here synchronizes, so a call may be captured in a CUDA graph; torch's allocator then owns the outputs.
 What it refuses to be: a check of shapes (`library.py` has asked the contract) or of architecture (`compile.py` has).
-Run it: `python -m pytest tests/engine_plugins/test_cuda.py` runs it on the emulator.
+Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py` runs it on the emulator.
 Legend: M tokens, K inputs, N outputs, F intermediate, E experts, R ranks, P rotated pairs, S positions.
 """
 

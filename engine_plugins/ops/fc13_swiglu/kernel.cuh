@@ -2,7 +2,7 @@
 //
 // What it is: the activations are read and unpacked once for both.
 // What it refuses to be: the down projection.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "gemm_low_latency/kernel.cuh"
 

@@ -1,6 +1,6 @@
 """fc13_swiglu in Triton: gate and up tiles in one program, SwiGLU and E4M3 before they leave it.
 
-What it refuses to be: the down projection. Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
+What it refuses to be: the down projection. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, K inputs, F intermediate.
 """
 

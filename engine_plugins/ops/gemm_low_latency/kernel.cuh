@@ -6,7 +6,7 @@
 // kernel's tail overlap. A lane's 16 bytes are four fragment words: which k a word holds is free as long as both operands
 // agree, so neither weights nor activations need a swizzle.
 // What it refuses to be: a GEMM for more than 16 tokens.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "cuda/device.cuh"
 

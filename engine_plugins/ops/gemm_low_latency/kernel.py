@@ -1,6 +1,6 @@
 """gemm_low_latency in Triton, [N, K] weights as they are in the checkpoint.
 
-What it refuses to be: the fastest (`kernel.cuh` is). Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
+What it refuses to be: the fastest (`kernel.cuh` is). Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, N outputs, K inputs.
 """
 

@@ -4,7 +4,7 @@
 // shared expert's weights are fetched before the wait; a routed expert is not known then. The score multiplies the
 // activation before it is rounded to E4M3, as the checkpoint was calibrated.
 // What it refuses to be: top-k, or expert parallel.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "fc13_swiglu/kernel.cuh"
 #include "router/kernel.cuh"

@@ -1,6 +1,6 @@
 """moe_top1 in Triton: FC13 of the shared expert and of every distinct routed one, then both FC2 in one sum.
 
-What it refuses to be: top-k. Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
+What it refuses to be: top-k. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, K hidden, F intermediate, E experts.
 """
 

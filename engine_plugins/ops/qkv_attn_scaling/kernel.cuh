@@ -2,7 +2,7 @@
 //
 // What it is: mma leaves the interleaved pair (2i, 2i + 1) of a head in one thread, so RoPE costs no exchange.
 // What it refuses to be: attention, or a writer of the KV cache.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "gemm_low_latency/kernel.cuh"
 

@@ -1,6 +1,6 @@
 """qkv_attn_scaling in Triton: even and odd rows of a head as two dot products, so that pairs meet in registers.
 
-What it refuses to be: a writer of the KV cache. Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
+What it refuses to be: a writer of the KV cache. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, N rows [q | k | v], K inputs, S positions, P pairs of a head.
 """
 

@@ -3,7 +3,7 @@
 // What it is: one block per expert for all tokens, its weights in registers before it waits. With eight rows a tile, mma would
 // fill 16 of 132 SMs.
 // What it refuses to be: a kernel that waits for all experts; the choice costs its reader one warp per token.
-// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_cuda.py.
+// Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
 #include "gemm_low_latency/kernel.cuh"
 

@@ -1,7 +1,7 @@
 """router in Triton: BF16 logits of every expert; the plain GEMM with an fp32 output.
 
 What it refuses to be: the choice of an expert (`tiles.route`). Run it: `python -m pytest
-tests/engine_plugins/test_triton.py`. Legend: M tokens, K inputs, E experts.
+tests/engine_plugins/test_gpu_ops.py`. Legend: M tokens, K inputs, E experts.
 """
 
 from __future__ import annotations

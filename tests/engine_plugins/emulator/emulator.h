@@ -4,7 +4,7 @@
 // It is stricter than a GPU: 16-byte loads must be aligned and inside a registered buffer; what an earlier kernel makes reads
 // as NaN until every thread of the block has called grid_wait; shared memory starts as NaN; a deadlock is an error.
 // What it refuses to be: fast, or a model of the memory system. Races that need real concurrency stay unseen.
-// Run it: `python -m pytest tests/engine_plugins/test_cuda.py`.
+// Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 #pragma once
 #include <math.h>
 #include <stdint.h>
