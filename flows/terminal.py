@@ -65,7 +65,7 @@ class Terminal:
 
     def line(self, receipt: Any) -> None:
         """The stage's one line: mark, name, state, seconds, size, and why it was not a hit."""
-        reason = "" if receipt.state == "cached" else f"  [dim]{escape(receipt.reason)}[/]"
+        reason = "" if receipt.reason == "unchanged" else f"  [dim]{escape(receipt.reason)}[/]"
         size = size_words(receipt.size_bytes) if receipt.size_bytes else ""
         done = f"{receipt.state:<7} {receipt.seconds:7.1f} s"
         self.console.print(f"  {MARKS[receipt.state]} {receipt.stage:<13} {done} {size:>10}{reason}")

@@ -1,8 +1,9 @@
 """Digests that decide whether work is done again.
 
 What it is: sha256 of canonical JSON, of files, and of a module's source with everything it imports here.
-What it refuses to be: sensitive to what changes nothing. Comments, blank lines and docstrings do not count;
-any other edit of any project module in the import closure does, also when imported inside a function.
+What it refuses to be: sensitive to what changes nothing. Comments, blank lines, docstrings and modules imported only
+for type checkers do not count; any other edit of any project module in the import closure does, also when imported
+inside a function.
 Run it: `python -m specs.digest tasks.quantize` prints a digest and the modules behind it.
 """
 
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 PROJECT_PACKAGES = ("specs", "engine_plugins", "tasks", "flows")
-# What an engine reads or compiles beside its Python: sources, and contracts kept as data.
-NATIVE_SUFFIXES = (".cpp", ".h", ".hpp", ".cu", ".cuh", ".yaml")
+# What a module reads, fills or compiles beside its Python: kernel sources, contracts and tasks kept as data, templates.
+BESIDE_SUFFIXES = (".cpp", ".h", ".hpp", ".cu", ".cuh", ".yaml", ".jinja", ".css", ".py")
 _CHUNK_BYTES = 8 << 20
 
 
@@ -45,8 +46,8 @@ def file_sha256(path: Path) -> str:
 def module_closure_digest(module: str, root: Path | None = None) -> str:
     """Hex sha256 over the meaning of a module and of all project modules it imports, directly or not.
 
-    Below engine_plugins the C++, CUDA and YAML files beside an imported module count as well, byte by byte:
-    they are compiled or read when the module runs.
+    In the packages below engine_plugins and tasks the C++, CUDA, YAML and template files beside an imported module
+    count as well, byte by byte: they are compiled or read when the module runs.
     """
     return json_sha256(module_parts(module, root))
 
@@ -56,7 +57,8 @@ def module_parts(module: str, root: Path | None = None) -> dict[str, str]:
     base = root or Path(__file__).resolve().parent.parent
     closure = module_closure(module, base)
     parts = {path.relative_to(base).as_posix(): _source(path).digest for path in closure.values()}
-    return parts | {path.relative_to(base).as_posix(): _bytes_digest(path) for path in _native_sources(closure)}
+    beside = _beside(closure, base) - set(closure.values())
+    return parts | {path.relative_to(base).as_posix(): _bytes_digest(path) for path in sorted(beside)}
 
 
 def module_closure(module: str, root: Path | None = None) -> dict[str, Path]:
@@ -82,7 +84,10 @@ class _Source:
     def __init__(self, path: Path) -> None:
         tree = ast.parse(path.read_bytes(), filename=str(path))
         imports: list[tuple[int, str, tuple[str, ...]]] = []  # level, module, names
+        never_run = _for_type_checkers(tree)
         for node in ast.walk(tree):
+            if node in never_run:
+                continue
             if isinstance(node, ast.Import):
                 imports += [(0, alias.name, ()) for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -93,6 +98,13 @@ class _Source:
                 imports += _named_module(node.value)
         self.imports = tuple(imports)
         self.digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _for_type_checkers(tree: ast.Module) -> set[ast.AST]:
+    """Everything below `if TYPE_CHECKING:`."""
+    guards = (node for node in ast.walk(tree) if isinstance(node, ast.If) and isinstance(node.test, ast.Name))
+    bodies = (child for node in guards if node.test.id == "TYPE_CHECKING" for child in node.body)  # type: ignore[attr-defined]
+    return {node for child in bodies for node in ast.walk(child)}
 
 
 def _named_module(text: str) -> list[tuple[int, str, tuple[str, ...]]]:
@@ -134,19 +146,23 @@ def _find(name: str, root: Path) -> Path | None:
     return package if package.is_file() else None
 
 
-def _native_sources(closure: dict[str, Path]) -> list[Path]:
-    folders = {path.parent for name, path in closure.items() if name.startswith("engine_plugins.")}
-    return sorted({path for folder in folders for path in _native_below(folder)})
+def _beside(closure: dict[str, Path], base: Path) -> set[Path]:
+    layers = {base / "engine_plugins", base / "tasks"}
+    folders = {path.parent for path in closure.values() if layers & {path.parent.parent, *path.parent.parent.parents}}
+    return {path for folder in folders for path in _data_below(folder)}
 
 
-def _native_below(folder: Path) -> list[Path]:
-    """Native files of a folder and of its plain subfolders; a subfolder that is a package counts for itself."""
+def _data_below(folder: Path, plain: bool = False) -> list[Path]:
+    """Files of a folder and below it.
+
+    Python counts in plain subfolders only: nothing imports it from there, somebody loads it by its path.
+    """
     found: list[Path] = []
     for path in folder.iterdir():
-        if path.suffix in NATIVE_SUFFIXES:
+        if path.suffix in BESIDE_SUFFIXES and (plain or path.suffix != ".py"):
             found.append(path)
-        elif path.is_dir() and not (path / "__init__.py").is_file():
-            found += _native_below(path)
+        elif path.is_dir():
+            found += _data_below(path, plain=not (path / "__init__.py").is_file())
     return found
 
 

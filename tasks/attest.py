@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from specs.errors import InputError
 
@@ -73,6 +74,7 @@ def slsa_statement(manifest: Manifest, store_uri: str) -> dict[str, Any]:
             "runDetails": {
                 "builder": {"id": f"urn:kilotok:store:{store_uri}", "version": {"python": made.get("python", "")}},
                 "metadata": {"invocationId": " ".join(made.get("argv", [])), "finishedOn": manifest.created},
+                "byproducts": [{"name": "manifest", "digest": {"sha256": manifest.seal}}],
             },
         },
     }
@@ -97,10 +99,15 @@ def cyclonedx(manifest: Manifest) -> dict[str, Any]:
             },
         },
         "components": [
-            {"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name.lower()}@{version}"}
+            {"type": "library", "name": name, "version": version, "purl": _purl(name, version)}
             for name, version in packages.items()
         ],
     }
+
+
+def _purl(name: str, version: str) -> str:
+    """As the package-url specification spells it for this ecosystem: lower case, dashes."""
+    return f"pkg:pypi/{name.lower().replace('_', '-')}@{quote(version)}"
 
 
 # -- signatures (DSSE) -----------------------------------------------------------------------------------------------

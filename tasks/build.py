@@ -20,7 +20,9 @@ from specs.schema import Spec
 from tasks.predict.forecast import forecast
 from tasks.predict.records import learn
 from tasks.runner import StageEvent, run_stage
+from tasks.stages import REGISTRY
 from tasks.store import Store, open_store
+from tasks.store.keys import Known
 
 DEFAULT_STORE = ".kilotok/store"
 Listener = Callable[[StageEvent], None]
@@ -84,6 +86,7 @@ class Build:
         record = {
             "build": self.id,
             "spec": self.spec.name,
+            "since": self.since(),
             "started": datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc).isoformat(
                 timespec="seconds"
             ),
@@ -102,6 +105,11 @@ class Build:
         if verdict == "PASS":
             self.store.write_json(f"last_good/{self.spec.name}", record)
         return record
+
+    def since(self) -> str:
+        """The last good build that differs from this one, which is what the report compares with; "" for none."""
+        keys = {name: receipt.key for name, receipt in self.receipts.items() if not REGISTRY[name].tells}
+        return Known({}, keys, self.last_good).since
 
     def endpoint(self) -> str | None:
         """The public URL of the live deployment, when there is one."""

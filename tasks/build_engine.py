@@ -101,7 +101,8 @@ def _link_tree(source: Path, target: Path) -> None:
             shutil.copy2(src, dst)
 
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=link_or_copy)
+    own = shutil.ignore_patterns("manifest.json", ".provenance")  # the source's papers are not the bundle's
+    shutil.copytree(source, target, copy_function=link_or_copy, ignore=own)
 
 
 def _size(path: Path) -> int:

@@ -10,22 +10,24 @@ Run it: `kilotok run SPEC` (stage `download`).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from specs.errors import IntegrityError, LockError, NetworkError, StoreError
 from specs.lock import FileLock, Lock
 from tasks.edges.hub import INDEX_FILE, PIECE_BYTES, Source, check_names, check_shards, open_source
 from tasks.job import Job, Progress
+from tasks.store.hashing import record_hash, recorded_hashes
 
 WORKERS = 16  # streams; one S3 connection gives about 90 MB/s
 ATTEMPTS = 5  # per file, counted anew after every attempt that moved bytes
 _RESERVE_BYTES = 64 << 20
+_TELL_EVERY_S = 0.1
 
 
 def build(job: Job, progress: Progress) -> dict[str, float]:
@@ -80,27 +82,31 @@ class _Work:
 
     def __init__(self, job: Job, source: Source, progress: Progress, total: int) -> None:
         self.out, self.scratch, self.source, self.progress, self.total = job.out, job.scratch, source, progress, total
-        self.ledger = self.scratch / "verified.jsonl"
         self.done = self.moved = 0
         self.stop = threading.Event()
         self._guard = threading.Lock()
-        self._verified = self._read_ledger()
+        self._told = 0.0
+        self._verified = recorded_hashes(self.out)
 
     def finished(self, path: str, entry: FileLock) -> bool:
         """A file that was verified in an earlier attempt and has not been touched since."""
         target = self.out / path
         if not target.is_file():
             return False
-        return self._verified.get(path) == [entry.sha256, entry.size, target.stat().st_mtime_ns]
+        return self._verified.get((path, entry.size, target.stat().st_mtime_ns)) == entry.sha256
 
     def partial(self, path: str) -> int:
         part = self._part(path)
         return part.stat().st_size if part.is_file() else 0
 
     def count(self, size: int, note: str) -> None:
+        """Pieces are small and many: most of them are only counted."""
         with self._guard:
             self.done += size
-            self.progress(self.done, self.total, note)
+            now = time.monotonic()
+            if self.done >= self.total or now - self._told >= _TELL_EVERY_S:
+                self._told = now
+                self.progress(self.done, self.total, note)
 
     def fetch(self, path: str, entry: FileLock) -> None:
         """One file: continue its part, check, put it in place. Network errors are retried while bytes arrive."""
@@ -122,7 +128,7 @@ class _Work:
         self._place(path, entry)
 
     def _stream(self, path: str, entry: FileLock, digest: _Digest, start: int) -> int:
-        with open(self._part(path), "ab") as part:
+        with open(self._part(path), "ab", buffering=0) as part:  # it never lags behind the digest when a stream breaks
             for piece in self.source.read(path, start):
                 if self.stop.is_set():
                     raise _Stopped
@@ -159,23 +165,12 @@ class _Work:
     def _place(self, path: str, entry: FileLock) -> None:
         target = self.out / path
         target.parent.mkdir(parents=True, exist_ok=True)
+        with self._guard:  # publishing believes it, and so does the next attempt
+            record_hash(self.out, path, entry.sha256, self._part(path))
         os.replace(self._part(path), target)
-        line = json.dumps([path, [entry.sha256, entry.size, target.stat().st_mtime_ns]])
-        with self._guard, open(self.ledger, "a") as ledger:
-            ledger.write(line + "\n")
 
     def _part(self, path: str) -> Path:
         return self.scratch / "parts" / f"{path}.part"
-
-    def _read_ledger(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for line in self.ledger.read_text().splitlines() if self.ledger.is_file() else []:
-            try:
-                path, stamp = json.loads(line)
-            except ValueError:  # the line a crash cut short; its file is fetched again
-                continue
-            found[path] = stamp
-        return found
 
 
 class _Stopped(Exception):
@@ -196,9 +191,10 @@ class _Digest:
         return self._sha256.hexdigest()
 
 
-def _write(part: Any, piece: bytes, path: str) -> None:
+def _write(part: BinaryIO, piece: bytes, path: str) -> None:
+    left = memoryview(piece)
     try:
-        part.write(piece)
-        part.flush()  # so that the file never lags behind the digest when the stream breaks
+        while left:  # an unbuffered write may take less than it is given
+            left = left[part.write(left) :]
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}", "", "free space or change permissions") from error

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from specs.errors import InputError
 from tasks.predict.forecast import spending
 from tasks.predict.shape import known_models, known_shape
-from tasks.stages import REGISTRY, Stage
+from tasks.stages import REGISTRY, Stage, ask
 from tasks.store import Found, Store
-from tasks.store.keys import CODE_ROOT, SpecView, changes, components, key_of, view_of, why_build
+from tasks.store.keys import CODE_ROOT, Known, SpecView, changes, components, key_of, view_of, why_build
 from tasks.store.memo import Memo
 
 if TYPE_CHECKING:
@@ -120,14 +120,15 @@ def plan(
 ) -> Plan:
     """Walk the stages in order, carrying digests as far as they are known."""
     view, memo = view_of(spec), Memo(store.local)
-    digests: dict[str, str] = {}
+    known = Known({}, {}, store.read_json(f"last_good/{view.name}"))
     sizes: dict[str, int] = {}
     rows: list[Row] = []
     for stage in registry.values():
-        row, found = _row(stage, view, store, memo, digests, sizes, code_root)
+        row, found = _row(stage, view, store, memo, known, sizes, code_root)
         rows.append(row)
+        known.keys[stage.name] = row.key
         if found.manifest:
-            digests[stage.name], sizes[stage.name] = found.manifest.digest, found.manifest.size_bytes
+            known.digests[stage.name], sizes[stage.name] = found.manifest.digest, found.manifest.size_bytes
         else:
             sizes[stage.name] = row.disk_bytes
     memo.save()
@@ -145,15 +146,16 @@ def why(
     view, memo = view_of(spec), Memo(store.local)
     if name not in registry:
         raise InputError(f"no stage {name!r}", "", f"the stages are {', '.join(registry)}")
-    found = {row.stage: row for row in plan(view, store, registry, code_root).rows}
-    known = [other for other in registry[name].inputs if found[other].state == CACHED]
-    digests = {other: _digest(store, found[other]) for other in known}
-    parts = components(registry[name], view, digests, memo, code_root)
-    record = store.history(name, view.name)
-    own: Mapping[str, str] = (record or {"components": {}})["components"]
-    waiting = {f"input.{other}" for other in registry[name].inputs if other not in known}
-    words = changes({part: value for part, value in own.items() if part not in waiting}, parts) if record else []
-    return [found[name].reason, *words]
+    rows = plan(view, store, registry, code_root).rows
+    found = {row.stage: row for row in rows}
+    before = rows[: list(found).index(name)]
+    digests = {row.stage: _digest(store, row) for row in before if row.state == CACHED}
+    last_good = store.read_json(f"last_good/{view.name}")
+    parts = components(
+        registry[name], view, Known(digests, {row.stage: row.key for row in before}, last_good), memo, code_root
+    )
+    unknown = [other for other in registry[name].inputs if other not in digests]
+    return [found[name].reason, *_own_changes(store.history(name, view.name), parts, unknown)]
 
 
 def _digest(store: Store, row: Row) -> str:
@@ -166,37 +168,52 @@ def _row(
     view: SpecView,
     store: Store,
     memo: Memo,
-    digests: Mapping[str, str],
+    known: Known,
     sizes: Mapping[str, int],
     code_root: Path,
 ) -> tuple[Row, Found]:
-    parts = components(stage, view, digests, memo, code_root)
+    parts = components(stage, view, known, memo, code_root)
     record = store.history(stage.name, view.name)
-    unknown = [name for name in stage.inputs if name not in digests]
+    unknown = [name for name in stage.inputs if name not in known.digests]
     if unknown:
         reason = _depends(unknown, parts, record)
         size = _expected_bytes(stage, view, record, sizes)
         return Row(stage.name, DEPENDS, reason, "", 0, size), Found()
     key = key_of(parts)
     found = store.inspect(stage.name, key)
-    if found.manifest:
+    gone = _gone(stage, found, store)
+    if found.manifest and not gone:
         reread = f", {len(found.touched)} touched files will be read again" if found.touched else ""
         return Row(stage.name, CACHED, f"unchanged{reread}", key, 0, 0), found
-    reason = why_build(stage, parts, store, view.name)
-    return Row(
-        stage.name, BUILD, reason, key, _move_bytes(stage, view), _expected_bytes(stage, view, record, sizes)
-    ), found
+    reason = f"rebuild, {gone}" if gone else why_build(stage, parts, store, view.name)
+    size = _expected_bytes(stage, view, record, sizes)
+    return Row(stage.name, BUILD, reason, key, _move_bytes(stage, view), size), found
+
+
+def _gone(stage: Stage, found: Found, store: Store) -> str:
+    """Why a cached artifact is no longer true of this machine, where the machine has it; planning fetches nothing."""
+    folder = store.local.folder(found.manifest) if found.manifest and stage.alive else None
+    return ask(stage.alive, folder) if folder and folder.exists() else ""
 
 
 def _depends(unknown: list[str], parts: Mapping[str, str], record: Mapping[str, Any] | None) -> str:
     """Which inputs it waits for; its own changes too, for they make a rebuild certain."""
     *first, last = unknown
     words = f"depends on {', '.join(first)} and {last}" if first else f"depends on {last}"
-    if not record:
-        return words
-    waiting = {f"input.{name}" for name in unknown}
-    own = changes({name: value for name, value in record["components"].items() if name not in waiting}, parts)
+    own = _own_changes(record, parts, unknown)
     return f"{words}; {own[0]}" if own else words
+
+
+def _own_changes(record: Mapping[str, Any] | None, parts: Mapping[str, str], unknown: list[str]) -> list[str]:
+    """What changed of the stage itself, while some of its inputs are not known yet."""
+    if not record:
+        return []
+    waiting = {f"input.{name}" for name in unknown}
+
+    def settled(components: Mapping[str, str]) -> dict[str, str]:
+        return {n: v for n, v in components.items() if n not in waiting and not (unknown and n.startswith("key."))}
+
+    return changes(settled(record["components"]), settled(parts))
 
 
 def _move_bytes(stage: Stage, view: SpecView) -> int:

@@ -55,12 +55,24 @@ def read_verdict(folder: Path) -> str:
 
 
 def alive(folder: Path) -> str:
-    """Why a cached promotion is no longer true; "" while it is. What its user stopped on purpose is not missed."""
+    """Why a cached promotion is no longer true; "" while its version is the live one, running or not."""
+    _, live = _live(folder)
+    return "" if live else "another version is live"
+
+
+def revive(folder: Path) -> str:
+    """A run ends with its endpoint up: start the promoted version again if it was drained or has died."""
+    promotion, live = _live(folder)
+    if not live or (is_up(live) and live["state"] == "live"):
+        return ""
+    with opened(Path(promotion["store"]), promotion["name"], live["plan"]) as deployment:
+        deployment.promote(live["plan"])
+    return "its server was started again"
+
+
+def _live(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The promotion, and the live slot if it runs the promoted plan."""
     promotion = json.loads((folder / "promotion.json").read_text())
     record = Record(Path(promotion["store"]), promotion["name"]).load()
     live = record.slots[record.data["live"]] if record.data["live"] else {}
-    if live.get("plan", {}).get("digest") != promotion["plan_digest"]:
-        return "another version is live"
-    if record.data["desired"] == "running" and not is_up(live):
-        return "the live server is not running"
-    return ""
+    return promotion, live if live.get("plan", {}).get("digest") == promotion["plan_digest"] else {}

@@ -55,25 +55,39 @@ def packages() -> dict[str, str]:
 # -- lineage ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Ancestor:
-    """One artifact of a lineage; `manifest` is None when it is no longer in the store."""
+    """One artifact of a lineage; without a manifest it is no longer in the store, or `problem` says what is wrong."""
 
     uri: str
     depth: int
     manifest: Manifest | None
+    problem: str = ""
 
 
 def lineage(store: Store, place: str) -> list[Ancestor]:
     """The artifact and all it was built from, each once, nearest first."""
-    start = store.load(place)
-    found = {store.artifact_uri(start): Ancestor(store.artifact_uri(start), 0, start)}
-    waiting = list(found.values())
+    start = _ancestor(store, place, 0)
+    found = {start.uri: start}
+    waiting = [start]
     while waiting:
         child = waiting.pop(0)
         for uri in child.manifest.inputs.values() if child.manifest else ():
             if uri not in found:
-                found[uri] = Ancestor(uri, child.depth + 1, _load(store, uri))
+                found[uri] = _ancestor(store, uri, child.depth + 1)
                 waiting.append(found[uri])
     return list(found.values())
+
+
+def _ancestor(store: Store, place: str, depth: int) -> Ancestor:
+    """Raises StoreError when there is no artifact to begin with."""
+    try:
+        manifest = store.load(place)
+    except StoreError:
+        if not depth:
+            raise
+        return Ancestor(place, depth, None)
+    except IntegrityError as error:
+        return Ancestor(place, depth, None, error.what)
+    return Ancestor(store.artifact_uri(manifest), depth, manifest)
 
 
 def lineage_text(ancestors: Iterable[Ancestor]) -> str:
@@ -81,7 +95,7 @@ def lineage_text(ancestors: Iterable[Ancestor]) -> str:
     lines = []
     for one in ancestors:
         if one.manifest is None:
-            lines.append(f"{'  ' * one.depth}{one.uri}  no longer in the store")
+            lines.append(f"{'  ' * one.depth}{one.uri}  {one.problem or 'no longer in the store'}")
             continue
         git = one.manifest.provenance.get("git") or {}
         commit = f"{git['commit'][:10]}{' + changes' if git.get('dirty') else ''}" if git else "no commit"
@@ -118,7 +132,8 @@ def verify(store: Store, place: str, trusted: Iterable[Path] = (), deep: bool = 
     checked: list[str] = []
     for one in lineage(store, place):
         if one.manifest is None:
-            notes.append(f"{one.uri} is no longer in the store: its own inputs cannot be checked")
+            wrong += [f"{one.uri}: {one.problem}"] if one.problem else []
+            notes += [] if one.problem else [f"{one.uri} is no longer in the store: its inputs cannot be checked"]
             continue
         checked.append(one.uri)
         wrong += [f"{one.uri}: {problem}" for problem in _link_problems(store, one.manifest)]
@@ -135,7 +150,7 @@ def _link_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     if components_key(manifest.components) != manifest.key:
         yield "its key is not that of its components"
     for name, uri in manifest.inputs.items():
-        parent = _load(store, uri)
+        parent = _ancestor(store, uri, 1).manifest
         if parent and manifest.components.get(f"input.{name}", parent.digest) != parent.digest:
             yield f"built from another {name} than {uri}"
     hashes = {file.path: file.sha256 for file in manifest.files}
@@ -155,17 +170,12 @@ def _statement_problem(store: Store, manifest: Manifest, trusted: list[Path]) ->
     expected = slsa_statement(manifest, store.uri)
     if statement.get("subject") != expected["subject"]:
         return "the provenance statement is about other files", ""
-    if statement["predicate"]["buildDefinition"] != expected["predicate"]["buildDefinition"]:
+    said, true = statement.get("predicate", {}), expected["predicate"]
+    byproducts = said.get("runDetails", {}).get("byproducts")
+    if said.get("buildDefinition") != true["buildDefinition"] or byproducts != true["runDetails"]["byproducts"]:
         return "the provenance statement and the manifest disagree", ""
     problem = check_signature(folder, trusted)
     return ("", problem) if problem == "not signed" or problem.startswith("signed by a key") else (problem, "")
-
-
-def _load(store: Store, uri: str) -> Manifest | None:
-    try:
-        return store.load(uri)
-    except (StoreError, IntegrityError):
-        return None
 
 
 # -- diff ------------------------------------------------------------------------------------------------------------

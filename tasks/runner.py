@@ -6,7 +6,6 @@ Used by `kilotok run`; from Python: `run_stage("quantize", spec, receipts, open_
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import selectors
@@ -26,9 +25,9 @@ from tasks.child import as_error, call_entry
 from tasks.edges.machine import gpu
 from tasks.edges.process import accelerator, exit_words, last_lines, spawn, stop
 from tasks.job import Job, Progress
-from tasks.stages import REGISTRY, Stage
+from tasks.stages import REGISTRY, Stage, ask
 from tasks.store import Manifest, Meta, Store
-from tasks.store.keys import CODE_ROOT, SpecView, components, key_of, view_of, why_build
+from tasks.store.keys import CODE_ROOT, Known, SpecView, components, key_of, view_of, why_build
 from tasks.store.local import as_store_error
 from tasks.store.memo import Memo
 
@@ -92,7 +91,12 @@ def run_stage(
     if absent := [other for other in stage.inputs if other not in receipts]:
         raise InputError(f"{name} needs the receipts of {', '.join(absent)}", name, "run the stages in order")
     memo = Memo(store.local)
-    parts = components(stage, view, {other: receipts[other].digest for other in stage.inputs}, memo, code_root)
+    known = Known(
+        {other: receipt.digest for other, receipt in receipts.items()},
+        {other: receipt.key for other, receipt in receipts.items()},
+        (extra or {}).get("last_good"),
+    )
+    parts = components(stage, view, known, memo, code_root)
     memo.save()
     build = _Build(stage, view, receipts, store, report, key_of(parts), parts, extra or {})
     report(StageEvent(name, "started"))
@@ -104,14 +108,6 @@ def run_stage(
     )  # fmt: skip
     report(StageEvent(name, "finished", 1, 1, f"{state}: {reason}", receipt))
     return receipt
-
-
-def is_alive(stage: Stage, folder: Path) -> str:
-    """Why a cached artifact is no longer true of the world ("" when it is, or when that cannot be: most stages)."""
-    if not stage.alive:
-        return ""
-    module, _, function = stage.alive.partition(":")
-    return getattr(importlib.import_module(module), function)(folder)
 
 
 def _find_or_build(build: _Build) -> tuple[Manifest, str, str]:
@@ -132,11 +128,12 @@ def _hit(build: _Build) -> tuple[Manifest | None, str]:
     manifest = store.lookup(stage.name, build.key)
     if manifest is None:
         return None, why_build(stage, build.components, store, build.view.name)
-    gone = is_alive(stage, store.checkout(manifest)) if stage.alive else ""
-    if gone:
+    folder = store.checkout(manifest) if stage.alive or stage.revive else store.local.root
+    if gone := ask(stage.alive, folder):
         return None, f"rebuild, {gone}"
+    revived = ask(stage.revive, folder)
     _remember(build, manifest)
-    return manifest, "unchanged"
+    return manifest, f"unchanged; {revived}" if revived else "unchanged"
 
 
 def _build(build: _Build, lease: int | None) -> Manifest:

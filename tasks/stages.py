@@ -1,19 +1,22 @@
-"""The stages in their order: what each reads, what shapes its output, which function builds it. Data only.
+"""The stages in their order: what each reads, what shapes its output, which function builds it.
 
-Refuses to import a stage: planning must not pay for torch. A stage never imports another stage; they meet here by name.
+Data only, and imports no stage: planning must not pay for torch. A stage never imports another stage; they meet here by
+name.
 See them with `kilotok plan SPEC`.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
 _TORCH = ("torch", "transformers", "tokenizers", "safetensors")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One box of the main path. Everything here except `uses`, `entry` and `isolated` reaches the key."""
+    """One box of the main path: what is keyed by, then how it is run."""
 
     name: str
     inputs: tuple[str, ...] = ()  # earlier stages whose artifact digests are part of the key
@@ -21,15 +24,18 @@ class Stage:
     reads: tuple[str, ...] = ()  # dotted spec paths: its slice
     packages: tuple[str, ...] = ()  # distributions whose version shapes the output
     machine: tuple[str, ...] = ()  # machine facts that shape the output: see tasks.edges.machine.FACTS
+    pinned: bool = False  # the lock says every byte of its output, so neither code nor spec can shape it
+    tells: bool = False  # its output is about the run: keyed by every other stage's key and the last good build
     entry: str = ""  # "module:function", called as build(job, progress)
     alive: str = ""  # "module:function" (artifact directory) -> "" or why a cached artifact is no longer true
+    revive: str = ""  # "module:function" (artifact directory) -> "" or what it did to make a cached artifact true again
     isolated: bool = False  # runs in a child process: memory, CUDA context and crashes end with it
     accelerator: bool = False  # holds the machine's accelerator lock while it runs
     size_of: tuple[str, float] = ("", 0.0)  # expected bytes as a share of another stage's artifact, before history
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("download", reads=("model",), entry="tasks.download:build", isolated=True),
+    Stage("download", reads=("model",), pinned=True, entry="tasks.download:build", isolated=True),
     Stage(
         "quantize",
         inputs=("download",),
@@ -95,17 +101,25 @@ STAGES: tuple[Stage, ...] = (
         machine=("host",),
         entry="tasks.promote:build",
         alive="tasks.promote:alive",
+        revive="tasks.promote:revive",
     ),
     Stage(
         "report",
         inputs=("quantize", "synthesize", "train_draft", "build_engine", "validate"),
         uses=("download", "deploy", "promote"),
         reads=("name", "validate", "engine", "draft"),
+        tells=True,
         entry="tasks.report:build",
     ),
 )
 
 REGISTRY: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+
+
+def ask(function: str, folder: Path) -> str:
+    """What a stage's `alive` or `revive` says about a cached artifact; "" without one."""
+    module, _, name = function.partition(":")
+    return str(getattr(importlib.import_module(module), name)(folder)) if function else ""
 
 
 def downstream(name: str, registry: dict[str, Stage] | None = None) -> list[str]:

@@ -5,10 +5,12 @@ Refuses to change anything. Run it: `kilotok status`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specs.errors import InputError
-from tasks.store import Store
+
+if TYPE_CHECKING:
+    from tasks.store import Store
 
 
 def build_record(store: Store, build_or_spec: str | None) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import tempfile
 import warnings
 from pathlib import Path
 
+from engine_plugins import ops
 from specs.errors import StageFailed
 
 LIBRARY = "libkilotok.so"
 SOURCES = Path(__file__).resolve().parent / "cpp"
-OPS_DIR = SOURCES.parent.parent / "ops"
+OPS_DIR = Path(ops.__file__).parent
 OPS = (
     "allreduce_rmsnorm",
     "attention_decode",

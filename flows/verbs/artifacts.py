@@ -10,13 +10,11 @@ from specs.errors import InputError
 
 
 def register(add: Surface) -> None:
-    for name, function, text in (
-        ("verify", verify, "rehash an artifact, check its signature and its lineage"),
-        ("lineage", lineage, "an artifact and what it was made from"),
-    ):
-        add(name, function, text, spec=False).add_argument(
-            "uri", metavar="URI", help="as printed by `kilotok store ls`"
-        )
+    verify_ = add("verify", verify, "rehash an artifact, check its signature and its lineage", spec=False)
+    verify_.add_argument("--deep", action="store_true", help="rehash what it was made from as well")
+    lineage_ = add("lineage", lineage, "an artifact and what it was made from", spec=False)
+    for verb in (verify_, lineage_):
+        verb.add_argument("uri", metavar="URI", help="as printed by `kilotok store ls`")
     diff_ = add("diff", diff, "what changed between two artifacts, in words", spec=False)
     diff_.add_argument("artifacts", nargs=2, metavar=("A", "B"))
     gc_ = add("gc", gc, "what is no longer needed; a dry run unless --delete", spec=False)
@@ -33,7 +31,7 @@ def verify(arguments: argparse.Namespace) -> int:
     from tasks.provenance import verify as check
     from tasks.store import open_store
 
-    verdict = check(open_store(arguments.store), arguments.uri, trusted_keys(Path.cwd()))
+    verdict = check(open_store(arguments.store), arguments.uri, trusted_keys(Path.cwd()), arguments.deep)
     print(verdict.to_text())
     return 1 if verdict.wrong else 0
 

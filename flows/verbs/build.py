@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     spec = load_spec(Path(arguments.spec), arguments.overrides)  # before a server is started for a typo
     check_lock(spec, read_lock(spec))
     store, build_id = open_store(arguments.store), new_build_id()
+    store.read_json(f"last_good/{spec.name}")  # a bucket that refuses us does so before a server is started
     forecast(spec, store)  # what cannot fit is refused here
     terminal = Terminal()
     terminal.say(f"[bold]kilotok[/] {spec.name}  build {build_id}")

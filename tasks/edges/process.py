@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tasks.store.leases import file_lease
+from tasks.edges.leases import file_lease
 
 _PR_SET_PDEATHSIG = 1
 # Runs between us and the program: asks the kernel to kill it with its parent, then becomes it. Not a preexec_fn, which

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tasks.predict.throughput import Load, saturated
 PUBLISHED, NATIVE = (Path(__file__).with_name(name) for name in ("published.yaml", "native.yaml"))
 COVERAGE = 0.8
 FEW_SYSTEMS = 4  # below this the misses of a stack say less than those of all stacks
+NEWEST = 10  # builds of one spec that still speak for it
 UNKNOWN = 3.0  # either way, where nothing was ever measured
 CYCLE, THROUGHPUT, SECONDS = "cycle", "throughput", "seconds"  # seconds.<stage> for the time of a stage
 
@@ -57,32 +58,45 @@ class Calibration:
     high: float
     systems: int
     borrowed: bool  # the width comes from all stacks
+    itself: int = 0  # rows of the very system that is predicted; they set the factor
 
     @property
     def words(self) -> str:
         """ "x1.34 from 8 systems"."""
-        told = f"x{self.factor:.2f} from {self.systems} system{'s' if self.systems != 1 else ''}"
+        count, kind = (self.itself, "build") if self.itself else (self.systems, "system")
+        told = (
+            f"x{self.factor:.2f} from {count} {'of its own ' if self.itself else ''}{kind}{'s' if count != 1 else ''}"
+        )
         return told + (", width from all stacks" if self.borrowed else "")
 
 
-def calibrate(rows: Sequence[Measured], stack: str, quantity: str, leave_out: str = "") -> Calibration:
-    """The factor and interval of a stack, from every row but those of the system `leave_out`."""
-    return _calibrate(tuple(row for row in rows if row.quantity == quantity and row.system != leave_out), stack)
+def calibrate(rows: Sequence[Measured], stack: str, quantity: str, leave_out: str = "", own: str = "") -> Calibration:
+    """The factor and interval of a stack, from every row but those of the system `leave_out`.
+
+    A system that was measured before (`own`) is predicted from itself; the width is its own from `FEW_SYSTEMS` rows on.
+    """
+    kept = tuple(row for row in rows if row.quantity == quantity and row.system != leave_out)
+    return _calibrate(kept, stack, own)
 
 
 @cache
-def _calibrate(rows: tuple[Measured, ...], stack: str) -> Calibration:
-    own = tuple(row for row in rows if row.stack == stack)
-    systems = len({row.system for row in own})
-    centre = _centre(own or rows)
+def _calibrate(rows: tuple[Measured, ...], stack: str, own: str) -> Calibration:
+    alike = tuple(row for row in rows if row.stack == stack)
+    systems = len({row.system for row in alike})
+    itself = tuple(row for row in alike if row.system == own)[-NEWEST:]
+    centre = _centre(itself or alike or rows)
     borrowed = systems < FEW_SYSTEMS
-    if borrowed:
-        stacks = {row.stack for row in rows}
-        misses = [miss for name in sorted(stacks) for miss in _misses(tuple(r for r in rows if r.stack == name), rows)]
+    if len(itself) >= FEW_SYSTEMS:
+        singly = tuple(replace(row, system=str(at)) for at, row in enumerate(itself))
+        misses, borrowed = _misses(singly, singly), False
+    elif borrowed:
+        stacks = sorted({row.stack for row in rows})
+        misses = [miss for name in stacks for miss in _misses(tuple(r for r in rows if r.stack == name), rows)]
     else:
-        misses = _misses(own, own)
+        misses = _misses(alike, alike)
     width = _quantile(misses)
-    return Calibration(math.exp(centre), math.exp(centre - width), math.exp(centre + width), systems, borrowed)
+    low, high = math.exp(centre - width), math.exp(centre + width)
+    return Calibration(math.exp(centre), low, high, systems, borrowed, len(itself))
 
 
 def _centre(rows: Iterable[Measured]) -> float:

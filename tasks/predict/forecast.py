@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.predict import calibrate
 from tasks.predict.calibrate import CYCLE, SECONDS
-from tasks.predict.prediction import predict, targets, unknown
+from tasks.predict.prediction import Case, predict, targets, unknown
 from tasks.predict.records import Records
 from tasks.predict.stages import USES_DEVICES, modelled_seconds
 from tasks.store import Store
@@ -31,9 +31,9 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
         return {"unknown": why}
     prediction = predict(spec, records)
     case = prediction.case
-    rows, backend = records.rows(case.gpu), spec.engine.backend
+    backend = spec.engine.backend
     seconds = modelled_seconds(spec, case, checkpoint_bytes)
-    stages = {stage: _seconds(rows, backend, stage, value) for stage, value in seconds.items()}
+    stages = {stage: _seconds(case, backend, stage, value) for stage, value in seconds.items()}
     return {
         "stack": backend if backend == "native" else case.stack,
         "modelled": {CYCLE: case.cycle.kernels_us, **{f"{SECONDS}.{stage}": value for stage, value in seconds.items()}},
@@ -52,8 +52,8 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
     }  # fmt: skip
 
 
-def _seconds(rows: tuple[calibrate.Measured, ...], stack: str, stage: str, modelled: float) -> dict[str, float]:
-    found = calibrate.calibrate(rows, stack, f"{SECONDS}.{stage}")
+def _seconds(case: Case, stack: str, stage: str, modelled: float) -> dict[str, float]:
+    found = calibrate.calibrate(case.records.rows(case.gpu), stack, f"{SECONDS}.{stage}", own=case.name)
     low, expected, high = (round(modelled * scale, 2) for scale in (found.low, found.factor, found.high))
     return {"predicted": expected, "low": low, "high": high}
 

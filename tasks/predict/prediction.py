@@ -58,6 +58,7 @@ class Interval:
 class Case:
     """One question: a model on a machine in a setting. Frozen, so that a sweep asks five hundred of them."""
 
+    name: str  # the spec's
     gpu: Gpu
     shape: Shape
     draft: DraftShape | None
@@ -75,7 +76,7 @@ class Case:
 
     @cached_property
     def calibration(self) -> Calibration:
-        return calibrate.calibrate(self.records.rows(self.gpu), self.stack, CYCLE)
+        return calibrate.calibrate(self.records.rows(self.gpu), self.stack, CYCLE, own=self.name)
 
     @cached_property
     def cycle_us(self) -> Interval:
@@ -105,7 +106,7 @@ class Case:
         many = replace(self.setting, batch=self.users, distinct_experts=None, fused=self.setting.fused & fused)
         crowded = tokens >= MANY_TOKENS and self.stack != "native"
         stack, quantity = ("generic", THROUGHPUT) if crowded else (self.stack, CYCLE)
-        found = calibrate.calibrate(self.records.rows(self.gpu), stack, quantity)
+        found = calibrate.calibrate(self.records.rows(self.gpu), stack, quantity, own=self.name)
         model = tokens_per_s(self.gpu, self.shape, self.draft, many, self.load, self.acceptance.length)
         scale = [found.low, found.factor, found.high]
         low, expected, high = sorted(model * (s if quantity == THROUGHPUT else 1 / s) for s in scale)
@@ -215,7 +216,7 @@ def predict(spec: Spec, records: Records | None = None, routing: Path | None = N
     metrics, build = records.last_metrics()
     accepted = expect(spec.model.source, setting.draft_tokens, metrics, build)
     case = Case(
-        gpu, shape, draft, setting, stack_of(spec), load, accepted, spec.engine.max_batch_size,
+        spec.name, gpu, shape, draft, setting, stack_of(spec), load, accepted, spec.engine.max_batch_size,
         spec.engine.max_seq_len, records,
     )  # fmt: skip
     return Prediction(spec.name, name, case, tuple(notes))

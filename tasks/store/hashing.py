@@ -1,7 +1,7 @@
 """sha256 of many files on all cores; memory stays at one small buffer per core whatever the files' size.
 
 Refuses to read a file twice: a stage that hashed while it wrote says so (`record_hash`) and is believed as long as
-size and mtime are still those it recorded.
+size and mtime are still those it recorded; a hard link to a file of an input has that file's hash.
 Run it: `kilotok verify URI`.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,9 +48,26 @@ def hash_files(folder: Path, names: Iterable[str], each: Callable[[str, str], No
     return hashes
 
 
-def record_hash(folder: Path, name: str, sha256: str) -> None:
-    """For stages: `folder/name` was hashed while it was written, so publishing need not read it again."""
-    status = (folder / name).stat()
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file with its mtime, hashing what goes through; returns its sha256."""
+    digest = hashlib.sha256()
+    buffer = bytearray(_BUFFER_BYTES)
+    view = memoryview(buffer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb", buffering=0) as stream, open(target, "wb") as out:
+        while count := stream.readinto(buffer):
+            digest.update(view[:count])
+            out.write(view[:count])
+    shutil.copystat(source, target)
+    return digest.hexdigest()
+
+
+def record_hash(folder: Path, name: str, sha256: str, written: Path | None = None) -> None:
+    """For stages: `folder/name` was hashed while it was written, so publishing need not read it again.
+
+    `written` is where the file still is when it gets its name only after this.
+    """
+    status = (written or folder / name).stat()
     (folder / SCRATCH).mkdir(exist_ok=True)
     line = json.dumps({"path": name, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256})
     with open(folder / SCRATCH / _HASHES, "a", encoding="utf-8") as stream:
@@ -72,12 +90,26 @@ def recorded_hashes(folder: Path) -> dict[tuple[str, int, int], str]:
     return known
 
 
-def describe_files(folder: Path, found: list[tuple[str, os.stat_result]]) -> tuple[FileEntry, ...]:
+def linkable(folder: Path, files: Iterable[FileEntry]) -> dict[tuple[int, int, int, int], str]:
+    """Identity -> sha256 of an artifact's files: a hard link to one of them has its hash."""
+    return {_identity(os.lstat(folder / file.path)): file.sha256 for file in files}
+
+
+def describe_files(
+    folder: Path,
+    found: list[tuple[str, os.stat_result]],
+    linked: Mapping[tuple[int, int, int, int], str] | None = None,
+) -> tuple[FileEntry, ...]:
     """File entries for a finished work directory, reading only what nobody has hashed yet."""
     known = recorded_hashes(folder)
-    stamps = {name: (name, status.st_size, status.st_mtime_ns) for name, status in found}
-    fresh = hash_files(folder, [name for name, stamp in stamps.items() if stamp not in known])
-    return tuple(
-        FileEntry(name, size, fresh.get(name) or known[name, size, mtime_ns], mtime_ns)
-        for name, size, mtime_ns in stamps.values()
-    )
+    hashes: dict[str, str] = {}
+    for name, status in found:
+        value = known.get((name, status.st_size, status.st_mtime_ns)) or (linked or {}).get(_identity(status))
+        if value:
+            hashes[name] = value
+    hashes |= hash_files(folder, [name for name, _ in found if name not in hashes])
+    return tuple(FileEntry(name, status.st_size, hashes[name], status.st_mtime_ns) for name, status in found)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

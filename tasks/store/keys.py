@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "1"  # raise when the meaning of a key or the layout of an artifact changes: everything is built again
 CODE_ROOT = Path(tasks.__file__).resolve().parent.parent
-_PATH_FIELDS = {"prompts", "problems", "dataset"}  # hold a path even without `file:`
+_PATH_FIELDS = {"prompts", "problems", "dataset", "recipe"}  # may hold a path even without `file:`
 
 
 @dataclass(frozen=True)
@@ -63,24 +63,47 @@ def view_of(spec: Spec | SpecView) -> SpecView:
     return SpecView(spec.name, spec.to_dict(), spec.root, lock.to_dict() if lock else None)
 
 
-def components(
-    stage: Stage, view: SpecView, inputs: Mapping[str, str], memo: Memo, code_root: Path = CODE_ROOT
-) -> dict[str, str]:
-    """Every component of a stage's key. `inputs` are digests by stage name; those not known yet are left out."""
+@dataclass(frozen=True)
+class Known:
+    """What is known of the stages before: digests of their artifacts, their keys, and the last good build's record."""
+
+    digests: dict[str, str]
+    keys: dict[str, str]
+    last_good: Mapping[str, Any] | None = None
+
+    @property
+    def since(self) -> str:
+        """The last good build that differs from this one: "" for none.
+
+        A build like the last good one shares its past, so that running again without a change changes no key.
+        """
+        if not self.last_good:
+            return ""
+        theirs = {row["stage"]: row["key"] for row in self.last_good["stages"]}
+        same = all(theirs.get(stage) == key for stage, key in self.keys.items())
+        return str((self.last_good.get("since") or "") if same else self.last_good["build"])
+
+
+def components(stage: Stage, view: SpecView, known: Known, memo: Memo, code_root: Path = CODE_ROOT) -> dict[str, str]:
+    """Every component of a stage's key; inputs that are not known yet are left out."""
+    found = {"stage": stage.name, "format": FORMAT}
+    if view.lock and "model" in stage.reads:
+        found |= {f"lock.{path}": entry["sha256"] for path, entry in view.lock["files"].items()}
+    if stage.pinned:
+        return found
     sliced = view.slice(stage.reads)
     if "name" not in stage.reads:
         sliced.pop("name")
     leaves = flatten(sliced)
-    leaves.pop("model.token", None)  # who asks does not change what is sent
-    found = {"stage": stage.name, "format": FORMAT}
     found |= {f"spec.{name}": json.dumps(value, ensure_ascii=False) for name, value in leaves.items()}
     found |= {f"data.{name}": digest for name, digest in _data(leaves, view, memo).items()}
-    found |= {f"input.{name}": inputs[name] for name in stage.inputs if name in inputs}
+    found |= {f"input.{name}": known.digests[name] for name in stage.inputs if name in known.digests}
     found |= {f"code.{file}": digest for file, digest in memo.code(stage.entry.partition(":")[0], code_root).items()}
     found |= {f"package.{name}": _version(name) for name in stage.packages}
     found |= {f"machine.{name}": machine.FACTS[name]() for name in stage.machine}
-    if "model" in stage.reads and view.lock:
-        found |= {f"lock.{path}": entry["sha256"] for path, entry in view.lock["files"].items()}
+    if stage.tells:
+        found |= {f"key.{name}": key for name, key in known.keys.items() if key}
+        found["key.since"] = known.since
     return found
 
 
@@ -132,7 +155,7 @@ def _version(distribution: str) -> str:
 
 
 # -- in words --------------------------------------------------------------------------------------------------------
-_ORDER = ("spec", "package", "data", "lock", "code", "input", "machine", "format", "stage")
+_ORDER = ("spec", "package", "data", "lock", "code", "input", "key", "machine", "format", "stage")
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -169,7 +192,9 @@ def _phrase(name: str, old: str | None, new: str | None) -> str:
     kind, _, rest = name.partition(".")
     if kind in ("code", "data", "lock"):
         return f"{rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
-    if kind == "input":
+    if name == "key.since":
+        return f"compared with {new or 'nothing'} instead of {old or 'nothing'}"
+    if kind in ("input", "key"):
         return f"{rest} changed ({(old or 'none')[:8]} -> {(new or 'none')[:8]})"
     return f"{rest or name} {_shown(kind, old)} -> {_shown(kind, new)}"
 

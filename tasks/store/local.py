@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -22,9 +22,9 @@ from typing import Any
 
 from specs.errors import IntegrityError, StoreError
 from specs.receipts import Receipt
+from tasks.edges.leases import file_lease, held_leases, is_held
 from tasks.job import SCRATCH
-from tasks.store.hashing import describe_files, hash_files
-from tasks.store.leases import file_lease, held_leases, is_held
+from tasks.store.hashing import describe_files, hash_files, linkable
 from tasks.store.manifest import MANIFEST, PROVENANCE, FileEntry, Manifest, content_digest, walk
 
 STALE_WORK_DAYS = 14
@@ -149,7 +149,7 @@ class LocalStore:
         from tasks.attest import write_statements  # only publishing should pay for it
 
         with store_errors(self.root):
-            files = describe_files(workdir, walk(workdir))
+            files = describe_files(workdir, walk(workdir), self._linkable(meta.inputs.values()))
             manifest = Manifest(
                 stage,
                 key,
@@ -271,6 +271,15 @@ class LocalStore:
         with suppress(OSError):  # a read-only store is still good to read from; it is only slower
             _write_atomic(folder / MANIFEST, fresh.to_json())
         return fresh
+
+    def _linkable(self, uris: Iterable[str]) -> dict[tuple[int, int, int, int], str]:
+        """Hashes of the input files that this store holds, whichever store their URI names."""
+        known: dict[tuple[int, int, int, int], str] = {}
+        for uri in uris:
+            folder = self.root / "artifacts" / uri.rpartition("/artifacts/")[2]
+            with suppress(OSError, IntegrityError):
+                known |= linkable(folder, Manifest.from_json((folder / MANIFEST).read_bytes(), uri).files)
+        return known
 
     def _resolve(self, place: str) -> Path:
         place = place.removeprefix(self.uri + "/").removeprefix("file://").removeprefix("artifacts/")

@@ -47,6 +47,12 @@ class Manifest:
     cacheable: bool = True
 
     @property
+    def seal(self) -> str:
+        """One hash over everything it says, except when its files were written here."""
+        said = {**asdict(self), "files": [[file.path, file.size, file.sha256] for file in self.files]}
+        return hashlib.sha256(json.dumps(said, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+    @property
     def size_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
@@ -56,13 +62,14 @@ class Manifest:
         return self.key if self.cacheable else f"{self.key}.{self.digest[:16]}"
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        return json.dumps({**asdict(self), "seal": self.seal}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Manifest:
         """Parse and distrust: a manifest edited by hand or cut short is refused, not half believed."""
         try:
             data = json.loads(text)
+            seal = data.pop("seal")
             files = tuple(
                 FileEntry(str(f["path"]), int(f["size"]), str(f["sha256"]), int(f["mtime_ns"])) for f in data["files"]
             )
@@ -79,9 +86,9 @@ class Manifest:
             raise IntegrityError(
                 "manifest with a malformed name or hash", where, "delete the artifact; it will be built again"
             )
-        if content_digest(files) != manifest.digest:
+        if content_digest(files) != manifest.digest or seal != manifest.seal:
             raise IntegrityError(
-                "manifest does not match its own digest: edited by hand?",
+                "manifest is not as it was written: edited by hand?",
                 where,
                 "delete the artifact; it will be built again",
             )

@@ -18,7 +18,7 @@ from typing import Any
 import botocore.exceptions as aws
 
 from specs.errors import KilotokError
-from tasks.store.leases import describe_owner, new_owner
+from tasks.edges.leases import describe_owner, new_owner
 from tasks.store.s3_transfer import is_absent, is_lost_race, s3_errors, server_age_s
 
 TTL_S = 60.0

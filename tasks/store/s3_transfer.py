@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -21,8 +21,8 @@ import botocore.exceptions as aws
 
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
 from tasks.store.manifest import FileEntry
+from tasks.store.s3_upload import abort_stale, upload
 
-PART_BYTES = 16 << 20
 NUM_FILES_AT_ONCE = 8
 _PIECE_BYTES = 1 << 20
 _ATTEMPTS = 6
@@ -48,7 +48,7 @@ def connect() -> Any:
 
 @contextmanager
 def s3_errors(where: str) -> Iterator[None]:
-    """boto3's errors in our words: what a retry may cure is a NetworkError, the rest a StoreError."""
+    """boto3's errors in our words: what a retry may cure is a NetworkError, the rest an Integrity- or StoreError."""
     try:
         yield
     except aws.ClientError as error:
@@ -58,13 +58,6 @@ def s3_errors(where: str) -> Iterator[None]:
     except (aws.ConnectionError, aws.HTTPClientError, aws.IncompleteReadError) as error:
         fix = "check the network and the endpoint, then run again"
         raise NetworkError(f"the bucket did not answer ({type(error).__name__})", where, fix) from error
-
-
-def _upload_error(error: Exception, where: str) -> KilotokError:
-    """boto3 wraps an upload's own error; the one inside says whether trying again makes sense."""
-    if isinstance(error.__context__, aws.ClientError):
-        return _client_error(error.__context__, where)
-    return NetworkError(f"upload failed ({error})", where, "run again: what arrived is not sent again")
 
 
 def _client_error(error: aws.ClientError, where: str) -> KilotokError:
@@ -92,11 +85,15 @@ def is_lost_race(error: aws.ClientError) -> bool:
     return error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412)
 
 
-def server_age_s(response: Any) -> float:
-    """How old an object is by the server's own clock, so that ours may be wrong."""
+def server_time(response: Any) -> datetime:
+    """The server's own clock, so that ours may be wrong."""
     headers = response["ResponseMetadata"]["HTTPHeaders"]
-    now = parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(timezone.utc)
-    return (now - response["LastModified"]).total_seconds()
+    return parsedate_to_datetime(headers["date"]) if "date" in headers else datetime.now(timezone.utc)
+
+
+def server_age_s(response: Any) -> float:
+    """How old an object is by the server's clock."""
+    return (server_time(response) - response["LastModified"]).total_seconds()
 
 
 def for_all(work: Callable[[_T], _R], things: Iterable[_T]) -> list[_R]:
@@ -132,31 +129,30 @@ class Blobs:
         """(blob, size) of all that no manifest names and nobody may be about to name."""
         dropped: list[tuple[str, int]] = []
         with s3_errors(f"s3://{self._bucket}"):
-            now = time.time()
             for page in self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=f"{self._prefix}blobs/"
             ):
+                now = server_time(page)
                 for item in page.get("Contents", []):
-                    old = now - item["LastModified"].timestamp() > SPARED_DAYS * 86400
+                    old = (now - item["LastModified"]).total_seconds() > SPARED_DAYS * 86400
                     if old and item["Key"].rpartition("/")[2] not in wanted:
                         dropped.append((item["Key"], item["Size"]))
-            for key, _ in [] if dry_run else dropped:
-                self._client.delete_object(Bucket=self._bucket, Key=key)
+            if not dry_run:
+                for key, _ in dropped:
+                    self._client.delete_object(Bucket=self._bucket, Key=key)
+                oldest = server_time(page) - timedelta(days=SPARED_DAYS)
+                abort_stale(self._client, self._bucket, f"{self._prefix}blobs/", oldest)
         return dropped
 
     def _upload_one(self, folder: Path, file: FileEntry) -> None:
-        from boto3.exceptions import S3UploadFailedError
-        from boto3.s3.transfer import TransferConfig
-
-        where = f"s3://{self._bucket}/{self.key(file.sha256)}"
-        with s3_errors(where):
+        with s3_errors(f"s3://{self._bucket}/{self.key(file.sha256)}"):
             if self._has(file):
                 return
-            config = TransferConfig(multipart_chunksize=_part_bytes(file.size), max_concurrency=4)
             try:
-                self._client.upload_file(str(folder / file.path), self._bucket, self.key(file.sha256), Config=config)
-            except S3UploadFailedError as error:
-                raise _upload_error(error, where) from error
+                upload(self._client, self._bucket, self.key(file.sha256), folder / file.path, file.size)
+            except aws.ClientError:
+                if not self._has(file):  # another writer of the same bytes may have completed it meanwhile
+                    raise
 
     def _has(self, file: FileEntry) -> bool:
         try:
@@ -214,11 +210,6 @@ class Blobs:
         with s3_errors(where):
             self._client.delete_object(Bucket=self._bucket, Key=self.key(file.sha256))
         raise IntegrityError(f"{file.path} came damaged from the bucket", where, "run again: it will be rebuilt")
-
-
-def _part_bytes(size: int) -> int:
-    """S3 allows 10,000 parts."""
-    return max(PART_BYTES, -(-size // 9000))
 
 
 def _hash_so_far(stream: BinaryIO) -> tuple[Any, int]:

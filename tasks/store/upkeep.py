@@ -9,10 +9,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tasks.store import Manifest, Store
+from specs.errors import IntegrityError, StoreError
+from tasks.edges.machine import num_cores
+from tasks.store import FileEntry, Manifest, Store
+from tasks.store.hashing import copy_hashed
 from tasks.store.manifest import PROVENANCE
 
 POINTERS = ("deployments", "last_good")  # records whose artifact URIs are promises
@@ -44,18 +49,17 @@ class Collected:
 
 
 def gc(store: Store, keep: int = 2, dry_run: bool = True) -> Collected:
-    """Drop every artifact that no spec used in its last `keep` builds and that no pointer or lease names."""
-    wanted = _used_lately(store, keep)
-    promised = " ".join(_promises(store) + (_promises(store.local) if store.local is not store else []))
+    """Drop every artifact that is not of the last `keep` good builds of a spec, nor newest, promised or being built."""
     leased = {lease["name"] for lease in store.leases()}
+    wanted = _of_good_builds(store, keep) | _used_lately(store, 50 if leased else 1)
+    promised = " ".join(_promises(store) + (_promises(store.local) if store.local is not store else []))
     garbage, num_kept = [], 0
     for manifest in store.entries():
-        uri = store.artifact_uri(manifest)
-        busy = f"{manifest.stage}-{manifest.key[:16]}" in leased
-        if (manifest.stage, manifest.dirname) in wanted or busy or f"{manifest.stage}/{manifest.dirname}" in promised:
+        name = f"{manifest.stage}/{manifest.dirname}"
+        if name in wanted or name in promised or f"{manifest.stage}-{manifest.key[:16]}" in leased:
             num_kept += 1
         else:
-            garbage.append(Garbage(uri, manifest.size_bytes, manifest))
+            garbage.append(Garbage(store.artifact_uri(manifest), manifest.size_bytes, manifest))
     for one in [] if dry_run else garbage:
         store.delete(one.manifest)
     if sweep := getattr(store, "sweep", None):
@@ -90,35 +94,70 @@ def listing(store: Store) -> list[dict[str, Any]]:
 
 
 def copy(source: Store, target: Store, places: Iterable[str] = ()) -> list[str]:
-    """Bring artifacts (all, or the named ones) from one store to another; what is there already is left alone."""
+    """Bring artifacts (all, or the named ones) from one store to another; what is there already is left alone.
+
+    Raises IntegrityError for the first file that is not what its manifest says.
+    """
     manifests = [source.load(place) for place in places] or list(source.entries())
     copied = []
     for manifest in manifests:
-        if manifest.cacheable and target.lookup(manifest.stage, manifest.key):
+        if _has(target, manifest):
             continue
         folder = source.checkout(manifest)
-        name = f"{manifest.stage}-{manifest.key[:16]}"
-        with target.lease(name):
-            workdir = target.local.workdir(f"copy-{manifest.stage}", manifest.digest)
-            shutil.copytree(folder, workdir, dirs_exist_ok=True, copy_function=shutil.copy2)
-            (workdir / PROVENANCE).mkdir(exist_ok=True)
-            here = target.local.adopt(manifest, workdir)
+        with target.lease(f"{manifest.stage}-{manifest.key[:16]}"):
+            if source.local.root != target.local.root:
+                manifest = target.local.adopt(manifest, _copy_files(folder, manifest, target))
             push = getattr(target, "push", None)
-            copied.append(target.artifact_uri(push(here) if push else here))
+            copied.append(target.artifact_uri(push(manifest) if push else manifest))
     return copied
+
+
+def _has(store: Store, manifest: Manifest) -> bool:
+    if manifest.cacheable and store.local is store:
+        return store.lookup(manifest.stage, manifest.key) is not None
+    try:  # no lookup finds a verdict that failed, and one in a bucket would share what only this machine has
+        return store.load(f"{manifest.stage}/{manifest.dirname}").digest == manifest.digest
+    except (StoreError, IntegrityError):
+        return False
+
+
+def _copy_files(folder: Path, manifest: Manifest, target: Store) -> Path:
+    """A work directory of `target` with the artifact's files, each hashed on its way."""
+    workdir = target.local.workdir(f"copy-{manifest.stage}", manifest.digest)
+
+    def one(file: FileEntry) -> None:
+        if copy_hashed(folder / file.path, workdir / file.path) != file.sha256:
+            raise IntegrityError(f"{file.path}: content changed (sha256)", str(folder), "kilotok verify, then rebuild")
+
+    with ThreadPoolExecutor(max(2, num_cores())) as pool:
+        for future in [pool.submit(one, file) for file in manifest.files]:
+            future.result()
+    shutil.copytree(folder / PROVENANCE, workdir / PROVENANCE, dirs_exist_ok=True)
+    return workdir
 
 
 def _promises(store: Store) -> list[str]:
     return [json.dumps(store.read_json(name)) for folder in POINTERS for name in store.list_json(folder)]
 
 
-def _used_lately(store: Store, keep: int) -> set[tuple[str, str]]:
-    """(stage, folder name) of the newest `keep` that passed, per spec and stage, and of the newest of all."""
-    wanted: set[tuple[str, str]] = set()
+def _of_good_builds(store: Store, keep: int) -> set[str]:
+    """STAGE/KEY of the last `keep` builds of each spec that passed; builds of the same artifacts count once."""
+    found: dict[str, list[set[str]]] = {}
+    for name in sorted(store.list_json("builds"), reverse=True):  # newest first: an id begins with its time
+        good = found.setdefault(name.split("/")[1], [])
+        if len(good) < keep and (record := store.read_json(name)) and record["verdict"] == "PASS":
+            names = {"/".join(row["uri"].rsplit("/", 2)[-2:]) for row in record["stages"]}
+            good += [names] if names not in good else []
+    return {name for builds in found.values() for names in builds for name in names}
+
+
+def _used_lately(store: Store, num_keys: int) -> set[str]:
+    """STAGE/KEY of the newest of each stage and spec: what an unfinished build goes on from.
+
+    While something is being built, its inputs may be older ones, so more of them are kept.
+    """
+    wanted: set[str] = set()
     for name in store.list_json("history"):
-        record = store.read_json(name) or {}
-        stage = name.rpartition("/")[2]
-        keys = [entry["key"] for entry in record.get("keys", [])]
-        good = [key for key in keys if "." not in key]
-        wanted |= {(stage, key) for key in {*good[:keep], *keys[:1]}}
+        keys = (store.read_json(name) or {}).get("keys", [])
+        wanted |= {f"{name.rpartition('/')[2]}/{entry['key']}" for entry in keys[:num_keys]}
     return wanted

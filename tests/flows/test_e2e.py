@@ -172,6 +172,21 @@ def test_epochs_rebuild_the_draft_and_what_follows_not_quantize(checkout: Checko
     assert "draft.training.epochs 8 -> 9" in rows["train_draft"]["reason"]
 
 
+def test_the_report_sets_the_prediction_beside_what_came(built: dict[str, Any]) -> None:
+    rows = json.loads(Path(built["report"]).with_name("report.json").read_text())["prediction"]
+    both = {row["name"] for row in rows if row["predicted"] is not None and row["actual"] is not None}
+    assert {"latency.tps_per_user.p50", "cycle.us", "seconds.quantize"} <= both
+
+
+def test_a_sweep_measures_its_points_once(checkout: Checkout, built: dict[str, Any]) -> None:
+    command = f"kilotok sweep {TINY} --over engine.draft_tokens=2,3 --measure 2 --json"
+    first, again = checkout.run(command), checkout.run(command)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert all(point["measured"] for point in json.loads(first.stdout)["front"])
+    assert "sweep_point   built" in first.stderr and "sweep_point   built" not in again.stderr
+    assert json.loads(again.stdout)["measured"] == json.loads(first.stdout)["measured"]
+
+
 def test_the_report_is_one_offline_file(built: dict[str, Any]) -> None:
     page = Path(built["report"]).read_text()
     assert len(page) < 1_500_000

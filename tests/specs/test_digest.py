@@ -24,6 +24,9 @@ def tree(tmp_path: Path) -> Path:
         "engine_plugins/native/__init__.py": "",
         "engine_plugins/native/c.py": "def go(x):\n    return x\n",
         "engine_plugins/native/csrc/step.cpp": "int x;",
+        "tasks/page/__init__.py": "",
+        "tasks/page/page.jinja": "<p>",
+        "tasks/page/loaded/by_path.py": "Z = 1\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,19 @@ def test_comments_docstrings_and_blank_lines_do_not_count(tree: Path) -> None:
 )
 def test_meaning_counts_wherever_it_is_imported_from(tree: Path, file: str, text: str) -> None:
     assert changed(tree, file, text)
+
+
+@pytest.mark.parametrize("file", ["tasks/page/page.jinja", "tasks/page/loaded/by_path.py"])
+def test_template_and_python_loaded_by_its_path_count(tree: Path, file: str) -> None:
+    (tree / "tasks/a.py").write_text("from tasks import page\n")
+    assert changed(tree, file, "other = 1\n")
+
+
+def test_import_for_type_checkers_does_not_count(tree: Path) -> None:
+    (tree / "tasks/a.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tasks.d import Y\nelse:\n    import tasks.b\n"
+    )
+    assert not changed(tree, "tasks/d.py", "Y = 2\n") and changed(tree, "tasks/b.py", "X = 2\n")
 
 
 def test_module_that_is_not_imported_does_not_count(tree: Path) -> None:

@@ -341,19 +341,25 @@ def test_ensure_running_starts_what_was_stopped_and_finds_what_runs(bench: Bench
 def test_promotion_stays_true_until_something_changes(bench: Bench) -> None:
     job = bench.up("one")
     promoted = job.out.parent / f"promote-{job.out.name}"
-    assert promote.alive(promoted) == ""
+    assert promote.alive(promoted) == promote.revive(promoted) == ""
     live = bench.record().slots["a"]["process"]
     os.kill(live["pid"], signal.SIGKILL)
     assert service.wait_gone(live, 5)
-    assert promote.alive(promoted) == "the live server is not running" and bench.status()["state"] == "down"
+    assert bench.status()["state"] == "down"
     answer = httpx.get(f"{bench.url}/health")
     assert answer.status_code == 503 and answer.headers["retry-after"], "the keeper answers for the dead server"
-    run_promote(job)
-    assert bench.says() == "one" and promote.alive(promoted) == ""
+    assert promote.revive(promoted) == "its server was started again" and bench.says() == "one"
     bench.up("two")
-    assert promote.alive(promoted) == "another version is live"
+    assert (promote.alive(promoted), promote.revive(promoted)) == ("another version is live", "")
     deployment.drain(bench.store, NAME)
     assert bench.status()["state"] == "stopped"
+
+
+def test_promotion_that_was_drained_is_brought_back(bench: Bench) -> None:
+    job = bench.up("one")
+    deployment.drain(bench.store, NAME)
+    assert promote.revive(job.out.parent / f"promote-{job.out.name}") and bench.says() == "one"
+    assert bench.status()["state"] == "live"
 
 
 def test_keeper_that_was_killed_is_replaced_without_losing_the_port(bench: Bench) -> None:

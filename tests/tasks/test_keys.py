@@ -6,19 +6,22 @@ Refuses to run a stage. Run: `pytest tests/tasks/test_keys.py`.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.edges import machine
 from tasks.stages import REGISTRY, STAGES, Stage, downstream
 from tasks.store import LocalStore
-from tasks.store.keys import SpecView, components, explain, flatten
+from tasks.store.keys import CODE_ROOT, Known, SpecView, components, explain, flatten
 from tasks.store.memo import Memo
 
 STAGE = Stage(
     "make", reads=("data",), packages=("pyyaml", "no-such-package"), machine=("cpu_isa",), entry="nowhere:make"
 )
+NOTHING = Known({}, {})
 
 
 @pytest.fixture
@@ -28,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def parts(root: Path, **tree: object) -> dict[str, str]:
-    return components(STAGE, SpecView("a", tree, root), {}, Memo(LocalStore(root / "store")), root)
+    return components(STAGE, SpecView("a", tree, root), NOTHING, Memo(LocalStore(root / "store")), root)
 
 
 def test_data_file_is_keyed_by_content(root: Path) -> None:
@@ -57,13 +60,13 @@ def test_data_file_is_hashed_once(root: Path) -> None:
 def test_remote_data_is_what_the_lock_says(root: Path) -> None:
     lock = {"files": {}, "data": {"hf://datasets/a": {"sha256": "f" * 64, "size": 1}}}
     view = SpecView("a", {"data": {"dataset": "hf://datasets/a"}}, root, lock)
-    found = components(STAGE, view, {}, Memo(LocalStore(root / "store")), root)
+    found = components(STAGE, view, NOTHING, Memo(LocalStore(root / "store")), root)
     assert found["data.hf://datasets/a"] == "f" * 64
 
 
 def test_name_of_the_spec_is_no_part_of_a_model_key(root: Path) -> None:
     memo = Memo(LocalStore(root / "store"))
-    one, two = (components(STAGE, SpecView(name, {"data": {}}, root), {}, memo, root) for name in ("a", "b"))
+    one, two = (components(STAGE, SpecView(name, {"data": {}}, root), NOTHING, memo, root) for name in ("a", "b"))
     assert one == two
 
 
@@ -77,7 +80,7 @@ def test_instruction_set_is_in_the_key(root: Path) -> None:
 
 def test_token_is_not_in_the_key(root: Path) -> None:
     view = SpecView("a", {"model": {"source": "hf://a/b", "token": "${env:HF_TOKEN}"}}, root)
-    found = components(REGISTRY["download"], view, {}, Memo(LocalStore(root / "store")))
+    found = components(REGISTRY["download"], view, NOTHING, Memo(LocalStore(root / "store")))
     assert not any("token" in name for name in found)
 
 
@@ -115,6 +118,69 @@ def test_slice_holds_only_what_the_stage_reads() -> None:
 def test_gates_reach_validate_and_what_follows_only() -> None:
     readers = [stage.name for stage in STAGES if "validate" in stage.reads]
     assert readers == ["validate", "report"]
+
+
+def good(build: str, since: str = "", **keys: str) -> dict[str, Any]:
+    return {"build": build, "since": since, "stages": [{"stage": name, "key": key} for name, key in keys.items()]}
+
+
+@pytest.mark.parametrize(
+    ("last_good", "since"),
+    [
+        (None, ""),
+        (good("one", quantize="b"), "one"),  # it differs: the page compares with it
+        (good("two", "one", quantize="a", report="x"), "one"),  # a run without a change: its page is this one's too
+        (good("one", quantize="a"), ""),
+    ],
+)
+def test_report_is_keyed_by_the_last_good_build_that_differs(last_good: dict[str, Any] | None, since: str) -> None:
+    assert Known({}, {"quantize": "a"}, last_good).since == since
+
+
+def test_report_is_keyed_by_what_the_run_built_even_if_it_came_out_the_same(root: Path) -> None:
+    view, memo = SpecView("a", {}, root), Memo(LocalStore(root / "store"))
+    tells = replace(STAGE, tells=True)
+    one, two = (components(tells, view, Known({}, {"quantize": key}), memo, root) for key in ("a" * 64, "b" * 64))
+    assert explain(one, two) == "rebuild, quantize changed (aaaaaaaa -> bbbbbbbb)"
+
+
+def test_edit_of_the_downloader_moves_no_model_again(root: Path) -> None:
+    lock = {"files": {"a.safetensors": {"sha256": "f" * 64, "size": 1}}}
+    view = SpecView("a", {"model": {"source": "hf://a/b", "revision": "main"}}, root, lock)
+    found = components(REGISTRY["download"], view, NOTHING, Memo(LocalStore(root / "store")))
+    assert found == {"stage": "download", "format": found["format"], "lock.a.safetensors": "f" * 64}
+
+
+def test_recipe_file_beside_the_spec_is_keyed_by_content(root: Path) -> None:
+    before = parts(root, data={"recipe": "recipe.yaml"})
+    (root / "recipe.yaml").write_text("quantize: {}")
+    assert explain(before, parts(root, data={"recipe": "recipe.yaml"})) == "rebuild, recipe.yaml is new"
+
+
+@pytest.mark.parametrize("fact", ["gpu", "container", "compiler"])
+def test_accelerator_container_and_compiler_are_in_the_bundles_key(root: Path, fact: str) -> None:
+    view, memo = SpecView("a", {}, root), Memo(LocalStore(root / "store"))
+    assert components(REGISTRY["build_engine"], view, NOTHING, memo)[f"machine.{fact}"] == machine.FACTS[fact]()
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [
+        ("build_engine", "engine_plugins/ops/moe_top1/cpu.h"),
+        ("build_engine", "engine_plugins/trtllm/versions/1.2.yaml"),
+        ("validate", "tasks/validate/lm_tasks/answer_line.yaml"),
+        ("validate", "tasks/validate/lm_tasks/answer_line.py"),
+        ("report", "tasks/report/page.html.jinja"),
+    ],
+)
+def test_what_a_stage_reads_beside_its_python_is_in_its_key(root: Path, stage: str, file: str) -> None:
+    assert file in Memo(LocalStore(root / "store")).code(f"tasks.{stage}", CODE_ROOT)
+
+
+@pytest.mark.parametrize("stage", ["quantize", "train_draft", "build_engine", "validate", "promote"])
+def test_edit_of_the_store_rebuilds_no_model(root: Path, stage: str) -> None:
+    code = Memo(LocalStore(root / "store")).code(f"tasks.{stage}", CODE_ROOT)
+    assert not [file for file in code if file.startswith("tasks/store/")]
 
 
 def test_draft_training_does_not_reach_quantize() -> None:

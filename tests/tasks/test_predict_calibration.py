@@ -66,6 +66,12 @@ def test_a_stack_with_one_system_borrows_its_width() -> None:
     assert found.borrowed and found.factor == pytest.approx(1.0) and found.high / found.low > 2
 
 
+def test_a_system_measured_before_is_predicted_from_itself() -> None:
+    known = rows(a=[2.0, 2.1, 1.9, 2.0, 2.02], b=[1.0], c=[1.0], d=[1.2], e=[0.9])
+    found = calibrate(known, "s", CYCLE, own="a")
+    assert found.factor == pytest.approx(2.0) and found.high / found.low < 1.2 and "5 of its own builds" in found.words
+
+
 def test_nothing_measured_is_said_to_be_wide() -> None:
     found = calibrate([], "s", CYCLE)
     assert found.factor == 1 and math.isclose(found.high, 3.0) and found.systems == 0
@@ -85,7 +91,7 @@ def test_a_build_moves_the_next_forecast(tmp_path: Path) -> None:
         learn(store, record(f"b{number}", 3 * before["modelled"]["cycle"], 123.0), before)
     after = forecast(TINY, store)
     assert after["stages"]["quantize"]["predicted"] == pytest.approx(123.0, rel=0.01)
-    assert after["metrics"]["cycle.us"]["high"] >= before["metrics"]["cycle.us"]["high"]
+    assert after["metrics"]["cycle.us"]["predicted"] == pytest.approx(3 * before["modelled"]["cycle"], rel=0.01)
 
 
 def test_a_cached_validation_teaches_nothing(tmp_path: Path) -> None:

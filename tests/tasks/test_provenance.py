@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from specs.errors import InputError
+from specs.errors import InputError, IntegrityError
 from tasks.attest import ENVELOPE, SBOM, STATEMENT, check_signature, trusted_keys
 from tasks.plan import plan
 from tasks.provenance import diff, lineage, lineage_text, verify
-from tasks.store.manifest import MANIFEST, PROVENANCE
+from tasks.store import LocalStore
+from tasks.store.manifest import MANIFEST, PROVENANCE, Manifest
 from tasks.store.upkeep import copy, gc, usage
 from tests.tasks.toy import Toy
 
@@ -119,11 +122,35 @@ def test_verify_names_the_bad_file(toy: Toy) -> None:
     assert verify(toy.store, receipt.uri).wrong == (f"{receipt.uri}: a.txt: content changed (sha256)",)
 
 
-def test_verify_finds_a_manifest_with_other_components(toy: Toy) -> None:
+def test_verify_names_a_manifest_edited_by_hand(toy: Toy) -> None:
     receipt = toy.run()
     path = folder_of(toy) / MANIFEST
-    path.write_text(path.read_text().replace("hello", "other"))
-    assert any("its key is not that of its components" in line for line in verify(toy.store, receipt.uri).wrong)
+    path.write_text(path.read_text().replace('"toy.length": 5', '"toy.length": 50'))
+    assert verify(toy.store, receipt.uri).wrong == (
+        f"{receipt.uri}: manifest is not as it was written: edited by hand?",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"components": {"stage": "make"}}, "its key is not that of its components"),
+        ({"metrics": {"toy.length": 50.0}}, "the provenance statement and the manifest disagree"),
+        ({"inputs": {"download": "file:///elsewhere"}}, "the provenance statement and the manifest disagree"),
+    ],
+)
+def test_verify_finds_a_manifest_forged_with_its_seal(toy: Toy, change: dict[str, Any], words: str) -> None:
+    receipt = toy.run()
+    path = folder_of(toy) / MANIFEST
+    path.write_text(replace(Manifest.from_json(path.read_text(), ""), **change).to_json())
+    assert any(words in line for line in verify(toy.store, receipt.uri).wrong)
+
+
+def test_verify_names_a_damaged_ancestor(toy: Toy) -> None:
+    toy.run()
+    joined = toy.run("join")
+    (folder_of(toy) / MANIFEST).write_text("{")
+    assert "unreadable manifest" in verify(toy.store, joined.uri).wrong[0]
 
 
 def test_lineage_goes_back_to_the_source(toy: Toy) -> None:
@@ -148,11 +175,14 @@ def test_diff_tells_cause_file_and_figure(toy: Toy) -> None:
     ]
 
 
-def builds(toy: Toy, *texts: str) -> list[str]:
+def builds(toy: Toy, *texts: str, verdict: str = "PASS") -> list[str]:
+    """One build with a record per text; returns what each made."""
     uris = []
-    for text in texts:
+    for number, text in enumerate(texts, len(toy.store.list_json("builds"))):
         toy.tree["toy"]["text"] = text
         uris.append(toy.run().uri)
+        record = {"verdict": verdict, "stages": [{"stage": "make", "uri": uris[-1]}]}
+        toy.store.write_json(f"builds/toy/20260101-{number:06}-1", record)
     return uris
 
 
@@ -160,6 +190,13 @@ def test_gc_keeps_the_last_builds_and_shows_before_it_deletes(toy: Toy) -> None:
     uris = builds(toy, "one", "two", "three")
     shown = gc(toy.store, keep=2)
     assert [one.uri for one in shown.garbage] == uris[:1] and toy.store.load(uris[0])
+
+
+def test_gc_counts_good_builds_not_failed_ones_nor_the_same_again(toy: Toy) -> None:
+    good = builds(toy, "one", "two", "two", "two")
+    failed = builds(toy, "bad", "worse", verdict="FAIL")
+    gone = {one.uri for one in gc(toy.store, keep=2).garbage}
+    assert gone == {failed[0]} and good[0] not in gone  # the newest failure is what the next attempt goes on from
 
 
 def test_gc_deletes_what_it_showed(toy: Toy) -> None:
@@ -180,9 +217,25 @@ def test_gc_spares_what_is_leased(toy: Toy) -> None:
         assert gc(toy.store, keep=1).garbage == ()
 
 
-def test_copied_artifact_is_a_hit_in_the_other_store(toy: Toy, tmp_path: Path) -> None:
-    from tasks.store import LocalStore
+def test_gc_spares_the_inputs_of_a_build_under_way(toy: Toy) -> None:
+    builds(toy, "one", "two", "three")
+    with toy.store.lease("join-0123456789abcdef"):
+        assert gc(toy.store, keep=1).garbage == ()
 
+
+def test_damaged_artifact_is_not_copied(toy: Toy, tmp_path: Path) -> None:
+    toy.run()
+    path = folder_of(toy) / "a.txt"
+    status = path.stat()
+    path.write_text("x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other = LocalStore(tmp_path / "other")
+    with pytest.raises(IntegrityError, match="a.txt: content changed"):
+        copy(toy.store, other)
+    assert list(other.entries()) == []
+
+
+def test_copied_artifact_is_a_hit_in_the_other_store(toy: Toy, tmp_path: Path) -> None:
     toy.run()
     other = LocalStore(tmp_path / "other")
     assert len(copy(toy.store, other)) == 1

@@ -78,6 +78,12 @@ def test_cached_artifact_that_is_no_longer_true_is_built_again(toy: Toy) -> None
     assert toy.run().reason == "rebuild, the endpoint is gone"
 
 
+def test_cached_artifact_is_brought_back_to_truth_and_stays_cached(toy: Toy) -> None:
+    toy.registry["make"] = replace(toy.registry["make"], revive="toystages:revive")
+    toy.run()
+    assert (toy.run().state, toy.run().reason) == ("cached", "unchanged; started again")
+
+
 def test_missing_receipt_is_the_callers_error(toy: Toy) -> None:
     with pytest.raises(InputError, match="receipts of make"):
         toy.run("join")

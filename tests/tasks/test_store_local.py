@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,17 @@ def test_hash_recorded_while_writing_is_not_made_again(store: LocalStore) -> Non
     (work / "big.bin").write_text("x")
     record_hash(work, "big.bin", "1" * 64)
     assert store.publish("make", KEY, work, META).files[0].sha256 == "1" * 64
+
+
+def test_hard_link_to_an_input_is_not_read_again(store: LocalStore) -> None:
+    work = store.workdir("source", KEY)
+    (work / "big.bin").write_text("x")
+    record_hash(work, "big.bin", "1" * 64)  # a hash that reading would not give
+    source = store.publish("source", KEY, work, META)
+    work = store.workdir("make", KEY)
+    os.link(store.checkout(source) / "big.bin", work / "linked.bin")
+    made = store.publish("make", KEY, work, replace(META, inputs={"source": store.artifact_uri(source)}))
+    assert made.files[0].sha256 == "1" * 64
 
 
 def test_recorded_hash_of_a_file_that_changed_is_ignored(store: LocalStore) -> None:

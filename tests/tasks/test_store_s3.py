@@ -5,17 +5,25 @@ Refuses to stub boto3. Run: `pytest tests/tasks/test_store_s3.py`.
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
+from tasks.runner import StageEvent
 from tasks.store import LocalStore, Manifest, Meta, open_store
+from tasks.store.keys import CODE_ROOT
 from tasks.store.s3 import S3Store
+from tasks.store.s3_lease import S3Lease
+from tasks.store.upkeep import copy
 from tests.tasks.fault_proxy import Proxy, fault_proxy
 from tests.tasks.toy import Toy
 
@@ -117,6 +125,22 @@ def test_upload_that_failed_is_resumed_without_sending_again(here: S3Store, prox
     assert here.lookup("make", KEY)  # what only this machine has is shared on the next look
     puts = [path for method, path, _ in proxy.seen if method == "PUT"]
     assert not any("/blobs/" in path for path in puts) and puts[-1].endswith("manifest.json")
+
+
+def test_large_upload_that_failed_resends_only_the_parts_that_are_missing(here: S3Store, proxy: Proxy) -> None:
+    proxy.faults += [("PUT", "partNumber=2", "denied")]
+    with pytest.raises(StoreError, match="refused our credentials"):
+        publish(here, BIG)
+    proxy.seen.clear()
+    assert here.lookup("make", KEY)
+    sent = [path for method, path, _ in proxy.seen if method == "PUT" and "partNumber" in path]
+    assert len(sent) == 1 and "partNumber=2" in sent[0]
+
+
+def test_two_writers_of_one_large_blob_end_with_one_whole_blob(here: S3Store, there: S3Store) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        manifests = list(pool.map(lambda store: publish(store, BIG), (here, there)))
+    assert manifests[0].digest == manifests[1].digest and there.verify(manifests[1]) == []
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "slow"])
@@ -237,8 +261,6 @@ def test_lease_of_another_machine_is_waited_for(here: S3Store, there: S3Store) -
 
 
 def test_lease_of_a_dead_machine_is_taken_over(bucket: str, here: S3Store, there: S3Store) -> None:
-    from tasks.store.s3_lease import S3Lease
-
     dead = S3Lease(here._client, bucket, "team/leases/make-a.json", "make-a", ttl_s=1.0)
     assert dead._take()  # and nobody renews it
     started = time.monotonic()
@@ -253,11 +275,65 @@ def test_lease_is_renewed_for_as_long_as_it_is_held(bucket: str, tmp_path: Path,
         assert [lease["name"] for lease in there.leases()] == ["make-a"]
 
 
+def test_push_from_the_own_cache_copies_nothing_on_disk(here: S3Store, proxy: Proxy) -> None:
+    publish(here.local)  # type: ignore[arg-type]
+    inode = here.local.checkout(here.local.load(f"make/{KEY}")).stat().st_ino
+    assert copy(here.local, here) == [f"{here.uri}/artifacts/make/{KEY}"] and copy(here.local, here) == []
+    assert here.local.checkout(here.local.load(f"make/{KEY}")).stat().st_ino == inode
+
+
+def test_pull_brings_artifacts_to_a_plain_store(here: S3Store, tmp_path: Path) -> None:
+    publish(here)
+    publish(here, key="b" * 64, meta=Meta({}, {}, {}, {}, cacheable=False))
+    plain = LocalStore(tmp_path / "plain")
+    assert len(copy(here, plain)) == 2 and copy(here, plain) == []
+    assert plain.verify(plain.lookup("make", KEY)) == []
+
+
 def test_a_run_fills_the_shared_store_for_the_next_machine(toy: Toy, here: S3Store, there: S3Store) -> None:
     toy.store = here  # type: ignore[assignment]
     toy.run()
     toy.store = there  # type: ignore[assignment]
     assert [toy.run().state, toy.run("join").state] == ["cached", "built"]
+
+
+def test_bucket_that_disappears_mid_run_loses_nothing(toy: Toy, here: S3Store, bucket: str) -> None:
+    def drop(event: StageEvent) -> None:
+        if event.kind == "progress":
+            for item in here._client.list_objects_v2(Bucket=bucket).get("Contents", []):
+                here._client.delete_object(Bucket=bucket, Key=item["Key"])
+            here._client.delete_bucket(Bucket=bucket)
+
+    toy.store, toy.listen = here, drop  # type: ignore[assignment]
+    with pytest.raises(StoreError, match="there is no such bucket"):
+        toy.run()
+    here._client.create_bucket(Bucket=bucket)
+    toy.listen = toy.events.append
+    assert toy.run().state == "cached" and toy.num_calls == 1  # what this machine had built is shared, not built again
+    assert here.verify(next(here.entries())) == []
+
+
+AHEAD = """
+import json, sys, time
+now = time.time
+time.time = lambda: now() + 30 * 86400
+from pathlib import Path
+from tasks.store import LocalStore
+from tasks.store.keys import CODE_ROOT
+from tasks.store.s3 import S3Store
+from tasks.store.s3_lease import S3Lease
+store = S3Store(sys.argv[1], LocalStore(Path(sys.argv[2])))
+taken = S3Lease(store._client, store._bucket, "team/leases/make-a.json", "make-a")._take()
+print(json.dumps([taken, [lease["name"] for lease in store.leases()], store.sweep(dry_run=True)]))
+"""
+
+
+def test_machine_with_its_clock_a_month_ahead_takes_nothing_away(here: S3Store, tmp_path: Path) -> None:
+    here.delete(publish(here))
+    with here.lease("make-a"):
+        command = [sys.executable, "-c", AHEAD, here.uri, str(tmp_path / "ahead")]
+        done = subprocess.run(command, cwd=CODE_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout) == [False, ["make-a"], []]
 
 
 def test_every_error_of_the_bucket_is_ours(here: S3Store, proxy: Proxy) -> None:

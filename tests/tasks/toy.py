@@ -5,6 +5,7 @@ Refuses to be clever: `make` copies text into files, `join` reads them. Used by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def make(job, progress):
 def alive(folder):
     return "the endpoint is gone" if (folder.parents[3] / "gone").exists() else ""
 
+def revive(folder):
+    return "started again"
+
 def join(job, progress):
     (job.out / "joined.txt").write_text((job.inputs["make"] / "a.txt").read_text() + job.spec["join"]["tail"])
     return {}
@@ -71,15 +75,17 @@ class Toy:
         }
         self.receipts: dict[str, Receipt] = {}
         self.events: list[StageEvent] = []
+        self.listen: Callable[[StageEvent], None] = self.events.append
 
     @property
     def view(self) -> SpecView:
         return SpecView("toy", self.tree, self.root)
 
-    def run(self, name: str = "make") -> Receipt:
+    def run(self, name: str = "make", **extra: Any) -> Receipt:
         receipt = run_stage(
-            name, self.view, self.receipts, self.store, self.events.append, registry=self.registry, code_root=self.root
-        )
+            name, self.view, self.receipts, self.store, self.listen,
+            registry=self.registry, code_root=self.root, extra=extra,
+        )  # fmt: skip
         self.receipts[name] = receipt
         return receipt
 
