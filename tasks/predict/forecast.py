@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.predict import calibrate
 from tasks.predict.calibrate import CYCLE, SECONDS
 from tasks.predict.prediction import Case, predict, targets, unknown
-from tasks.predict.records import Records
+from tasks.predict.records import Records, model_of
 from tasks.predict.stages import USES_DEVICES, modelled_seconds
 from tasks.store import Store
 
@@ -31,11 +31,11 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
         return {"unknown": why}
     prediction = predict(spec, records)
     case = prediction.case
-    backend = spec.engine.backend
     seconds = modelled_seconds(spec, case, checkpoint_bytes)
-    stages = {stage: _seconds(case, backend, stage, value) for stage, value in seconds.items()}
+    stages = {stage: _seconds(case, stage, value) for stage, value in seconds.items()}
     return {
-        "stack": backend if backend == "native" else case.stack,
+        "stack": case.stack,
+        "model": model_of(case.gpu),
         "modelled": {CYCLE: case.cycle.kernels_us, **{f"{SECONDS}.{stage}": value for stage, value in seconds.items()}},
         "metrics": {
             "latency.tps_per_user.p50": _triple(case.tps_per_user.to_dict()),
@@ -52,8 +52,8 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
     }  # fmt: skip
 
 
-def _seconds(case: Case, stack: str, stage: str, modelled: float) -> dict[str, float]:
-    found = calibrate.calibrate(case.records.rows(case.gpu), stack, f"{SECONDS}.{stage}", own=case.name)
+def _seconds(case: Case, stage: str, modelled: float) -> dict[str, float]:
+    found = calibrate.calibrate(case.records.rows(case.gpu), case.stack, f"{SECONDS}.{stage}", own=case.name)
     low, expected, high = (round(modelled * scale, 2) for scale in (found.low, found.factor, found.high))
     return {"predicted": expected, "low": low, "high": high}
 

@@ -6,7 +6,6 @@ Run it: `python -m pytest tests/tasks/test_predict_calibration.py`.
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def test_the_tables_of_the_document_are_what_the_data_says() -> None:
 def test_native_cycles_of_a_shape_that_was_held_out(shape: str) -> None:
     found = calibrate([row for row in native() if row.check], "native", CYCLE)
     errors = [abs(found.factor * row.modelled / row.measured - 1) for row in native() if row.system == shape]
-    assert len(errors) == 6 and statistics.median(errors) < 0.15 and max(errors) < 0.20
+    assert len(errors) == 6 and max(errors) < 0.15
 
 
 def rows(**systems: list[float]) -> list[Measured]:
@@ -103,7 +102,7 @@ def test_a_cached_validation_teaches_nothing(tmp_path: Path) -> None:
 
 def test_only_the_newest_rows_are_kept(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    store.write_json(NAME, [{"model": 0}] * KEEP)
+    store.write_json(NAME, [{"model": "0-older"}] * KEEP)
     learn(store, record("b", 100.0, 1.0), forecast(TINY, store))
     assert len(store.read_json(NAME)) == KEEP
 
