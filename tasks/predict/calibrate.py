@@ -2,8 +2,8 @@
 
 factor = exp(median over systems of log(measured / modelled)). The 80% interval is conformal: every system is left out
 in turn, predicted from the others, and the interval is as wide as those misses. A stack with fewer than four systems
-borrows the misses of all stacks. Rows come from `published.yaml`, `native.yaml` (measured here) and the builds in the
-store. Refuses to fit anything else: six numbers per system would fit whatever they are given. Run it: `kilotok
+is given the width of the widest stack. Rows come from `published.yaml`, `native.yaml` (measured here) and the builds
+in the store. Refuses to fit anything else: six numbers per system would fit whatever they are given. Run it: `kilotok
 predict SPEC`.
 """
 
@@ -24,7 +24,7 @@ from tasks.predict.throughput import Load, saturated
 
 PUBLISHED, NATIVE = (Path(__file__).with_name(name) for name in ("published.yaml", "native.yaml"))
 COVERAGE = 0.8
-FEW_SYSTEMS = 4  # below this the misses of a stack say less than those of all stacks
+FEW_SYSTEMS = 4  # below this the misses of a stack say less than those of another
 NEWEST = 10  # builds of one spec that still speak for it
 UNKNOWN = 3.0  # either way, where nothing was ever measured
 CYCLE, THROUGHPUT, SECONDS = "cycle", "throughput", "seconds"  # seconds.<stage> for the time of a stage
@@ -57,7 +57,7 @@ class Calibration:
     low: float
     high: float
     systems: int
-    borrowed: bool  # the width comes from all stacks
+    borrowed: bool  # the width is that of the widest stack
     itself: int = 0  # rows of the very system that is predicted; they set the factor
 
     @property
@@ -67,7 +67,7 @@ class Calibration:
         told = (
             f"x{self.factor:.2f} from {count} {'of its own ' if self.itself else ''}{kind}{'s' if count != 1 else ''}"
         )
-        return told + (", width from all stacks" if self.borrowed else "")
+        return told + (", width of the widest stack" if self.borrowed else "")
 
 
 def calibrate(rows: Sequence[Measured], stack: str, quantity: str, leave_out: str = "", own: str = "") -> Calibration:
@@ -88,13 +88,12 @@ def _calibrate(rows: tuple[Measured, ...], stack: str, own: str) -> Calibration:
     borrowed = systems < FEW_SYSTEMS
     if len(itself) >= FEW_SYSTEMS:
         singly = tuple(replace(row, system=str(at)) for at, row in enumerate(itself))
-        misses, borrowed = _misses(singly, singly), False
+        width, borrowed = _quantile(_misses(singly, singly)), False
     elif borrowed:
-        stacks = sorted({row.stack for row in rows})
-        misses = [miss for name in stacks for miss in _misses(tuple(r for r in rows if r.stack == name), rows)]
+        stacks = [tuple(row for row in rows if row.stack == name) for name in sorted({row.stack for row in rows})]
+        width = max((_quantile(_misses(of, rows)) for of in stacks), default=math.log(UNKNOWN))
     else:
-        misses = _misses(alike, alike)
-    width = _quantile(misses)
+        width = _quantile(_misses(alike, alike))
     low, high = math.exp(centre - width), math.exp(centre + width)
     return Calibration(math.exp(centre), low, high, systems, borrowed, len(itself))
 
