@@ -110,6 +110,7 @@ def snakemake_chain(folder: Path, peers: Path) -> list[str]:
 
 
 def noop(peers: Path, runs: int) -> None:
+    key_cost()  # first: nothing is parsed yet
     with tempfile.TemporaryDirectory() as scratch:
         folders = {name: Path(scratch, name) for name in ("kilotok", "dvc", "snakemake")}
         for folder in folders.values():
@@ -134,11 +135,10 @@ def noop(peers: Path, runs: int) -> None:
                 assert name != "kilotok plan" or done.stdout.count(" cached ") == len(REGISTRY), done.stdout
         for name, taken in seconds.items():
             say(bench="noop", what=name, best_s=round(min(taken[1:]), 3), worst_s=round(max(taken[1:]), 3), runs=runs)
-    key_cost()
 
 
 def key_cost() -> None:
-    """Keys of all nine stages in a process that is warm: what a run pays per look, imports aside."""
+    """Keys of all nine stages, imports aside: before and after the digests of the sources are known."""
     with tempfile.TemporaryDirectory() as scratch:
         spec, store = load_spec(ROOT / SPEC), LocalStore(Path(scratch))
         for what in ("first: every source file is parsed", "again: sources are only stat'ed"):
