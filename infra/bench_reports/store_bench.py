@@ -179,11 +179,13 @@ def disk(folder: Path, num_files: int = 8, file_bytes: int = 512 << 20) -> None:
             with open(path) as stream:
                 os.fsync(stream.fileno())
 
-    timed("cp and fsync", copy_plain)
+    timed("cp and fsync, before", copy_plain)
     shutil.rmtree(folder / "copy")
     timed("sha256, one core", lambda: [hash_files(source, [name]) for name in names])
     timed("sha256, all cores", lambda: hash_files(source, names))
     timed("download stage and publish", lambda: download(folder, source))
+    shutil.rmtree(folder / "store")
+    timed("cp and fsync, after", copy_plain)
 
 
 def checkpoint_of_random_bytes(source: Path, num_files: int, file_bytes: int) -> None:

@@ -109,7 +109,20 @@ def copy(source: Store, target: Store, places: Iterable[str] = ()) -> list[str]:
                 manifest = target.local.adopt(manifest, _copy_files(folder, manifest, target))
             push = getattr(target, "push", None)
             copied.append(target.artifact_uri(push(manifest) if push else manifest))
+    if copied:
+        _copy_records(source, target, {_name_of(uri) for uri in copied})
     return copied
+
+
+def _copy_records(source: Store, target: Store, names: set[str]) -> None:
+    """The builds that made them go along: without them the other side's `gc` would see artifacts that nobody made."""
+    for name in [*source.list_json("builds"), *source.list_json("history")]:
+        record = source.read_json(name) or {}
+        stage = name.rpartition("/")[2]
+        made = {_name_of(row["uri"]) for row in record.get("stages", [])}
+        made |= {f"{stage}/{entry['key']}" for entry in record.get("keys", [])}
+        if made & names and target.read_json(name) is None:
+            target.write_json(name, json.loads(json.dumps(record).replace(source.uri + "/", target.uri + "/")))
 
 
 def _has(store: Store, manifest: Manifest) -> bool:
@@ -136,6 +149,11 @@ def _copy_files(folder: Path, manifest: Manifest, target: Store) -> Path:
     return workdir
 
 
+def _name_of(uri: str) -> str:
+    """STAGE/KEY, the same in every store."""
+    return "/".join(uri.rsplit("/", 2)[-2:])
+
+
 def _promises(store: Store) -> list[str]:
     return [json.dumps(store.read_json(name)) for folder in POINTERS for name in store.list_json(folder)]
 
@@ -146,7 +164,7 @@ def _of_good_builds(store: Store, keep: int) -> set[str]:
     for name in sorted(store.list_json("builds"), reverse=True):  # newest first: an id begins with its time
         good = found.setdefault(name.split("/")[1], [])
         if len(good) < keep and (record := store.read_json(name)) and record["verdict"] == "PASS":
-            names = {"/".join(row["uri"].rsplit("/", 2)[-2:]) for row in record["stages"]}
+            names = {_name_of(row["uri"]) for row in record["stages"]}
             good += [names] if names not in good else []
     return {name for builds in found.values() for names in builds for name in names}
 

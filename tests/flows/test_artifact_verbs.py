@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,16 @@ def test_ls_and_du_count_what_is_there(store: LocalStore, capsys: pytest.Capture
     uri = store.artifact_uri(publish(store))
     assert kilotok(store, "store", "ls") == 0 and uri in capsys.readouterr().out
     assert kilotok(store, "store", "du") == 0 and "quantize          1 artifacts" in capsys.readouterr().out
+
+
+def test_reader_that_has_seen_enough_is_no_error(store: LocalStore) -> None:
+    publish(store)
+    command = [sys.executable, "-m", "flows.cli", "store", "ls", "--store", str(store.root)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_push_and_pull_copy_what_is_missing(

@@ -223,6 +223,15 @@ def test_gc_spares_the_inputs_of_a_build_under_way(toy: Toy) -> None:
         assert gc(toy.store, keep=1).garbage == ()
 
 
+def test_copied_builds_are_still_good_builds_to_gc(toy: Toy, tmp_path: Path) -> None:
+    builds(toy, "one", "two", "three")
+    other = LocalStore(tmp_path / "other")
+    copy(toy.store, other)
+    shown = gc(other, keep=2)
+    assert [one.manifest.components["spec.toy.text"] for one in shown.garbage] == ['"one"'] and shown.num_kept == 2
+    assert other.read_json("builds/toy/20260101-000002-1")["stages"][0]["uri"].startswith(other.uri)
+
+
 def test_damaged_artifact_is_not_copied(toy: Toy, tmp_path: Path) -> None:
     toy.run()
     path = folder_of(toy) / "a.txt"
