@@ -52,7 +52,7 @@ def slsa_statement(manifest: Manifest, store_uri: str) -> dict[str, Any]:
     parts = manifest.components
     dependencies: list[dict[str, Any]] = [
         {"name": name, "uri": uri, "digest": {"sha256": parts[f"input.{name}"]}}
-        for name, uri in manifest.inputs.items()
+        for name, uri in sorted(manifest.inputs.items())
         if f"input.{name}" in parts
     ]
     if commit := (made.get("git") or {}).get("commit"):

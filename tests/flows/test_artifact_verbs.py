@@ -50,6 +50,13 @@ def test_verify_exits_0_for_what_is_as_it_was(store: LocalStore, capsys: pytest.
     assert kilotok(store, "verify", uri) == 0 and capsys.readouterr().out.startswith(f"ok     {uri}")
 
 
+def test_verify_of_two_inputs_finds_nothing_wrong(store: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+    made = publish(
+        store, stage="build_engine", train_draft=publish(store, "head", "train_draft"), quantize=publish(store)
+    )
+    assert kilotok(store, "verify", store.artifact_uri(made), "--deep") == 0
+
+
 def test_verify_exits_1_and_names_the_bad_file(store: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = publish(store)
     corrupt(store, manifest)
