@@ -215,6 +215,16 @@ def test_drain_stops_the_endpoint(checkout: Checkout, built: dict[str, Any]) -> 
         urllib.request.urlopen(f"{built['endpoint']}/health", timeout=2)
 
 
+def test_a_run_after_a_drain_builds_nothing_and_ends_with_the_endpoint_up(
+    checkout: Checkout, built: dict[str, Any]
+) -> None:
+    again = checkout.build()
+    assert {row["state"] for row in again["stages"]} == {"cached"}
+    with urllib.request.urlopen(f"{again['endpoint']}/health", timeout=5) as answer:
+        assert answer.status == 200
+    assert checkout.run(f"kilotok drain {TINY}").returncode == 0
+
+
 def test_a_flipped_byte_in_the_source_is_named_and_nothing_is_built(checkout: Checkout) -> None:
     shard = checkout.path / "specs/models/tiny-llama4/model-00001-of-00002.safetensors"
     data = bytearray(shard.read_bytes())
