@@ -1,6 +1,6 @@
 """Our fused ops in TensorRT-LLM's Llama 4: after a model is constructed, its modules get our ops in front of their own.
 
-A module keeps its class, weights, loading and parallelism; only its class is extended by one method that calls
+A module keeps its class, weights, loading and parallelism; its class is extended by one method (`seats`) that calls
 `torch.ops.kilotok.NAME` inside the op's gate and upstream's own code outside of it. The model class itself stays the
 registered object: upstream's input processors and vision encoders are looked up by it, so a subclass would lose them.
 
@@ -24,11 +24,11 @@ from types import ModuleType
 from typing import Any
 
 from engine_plugins.trtllm import EVIDENCE_ENV, PLUGINS_ENV
+from engine_plugins.trtllm.seats import SEATS, Seat, Seated
 
 MODEL = "Llama4ForConditionalGeneration"
 OPS_MODULE = "engine_plugins.ops.library"  # importing it defines torch.ops.kilotok.*
-FEW_TOKENS = 8  # one verify step of up to seven drafts
-GEMM_TOKENS = 16
+PARENT_FIGURES = ("q_size", "kv_size", "head_dim", "floor_scale", "attn_scale")  # of the attention around FC_QKV
 REPORTED_ENV = ("TRTLLM_ENABLE_PDL", "TRT_LLM_DISABLE_LOAD_WEIGHTS_IN_PARALLEL")
 
 
@@ -104,18 +104,17 @@ def _machine() -> dict[str, Any]:
     return {"rank": rank, "sm": 10 * major + minor}
 
 
-# Seats: the module an op sits in front of, by its attribute name, and the method it extends.
-
-
 def graft(model: Any, asked: tuple[str, ...], evidence: Evidence) -> None:
     """Give each module of `model` the ops among `asked` that have a seat there."""
-    for path, module in model.named_modules():
-        seat = SEATS.get(path.rpartition(".")[2])
-        if seat is None or seat[0] not in asked or isinstance(module, _Seated) or not _is_target(path):
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        name, seated = SEATS.get(path.rpartition(".")[2], ("", Seated))
+        if name not in asked or isinstance(module, Seated) or not _is_target(path) or not _is_seat(name, path, module):
             continue
-        name, mixin = seat
-        module.__class__ = type(f"Kilotok{type(module).__name__}", (mixin, type(module)), {})
-        module.kilotok = (name, op_named(name), evidence)
+        module.__class__ = type(f"Kilotok{type(module).__name__}", (seated, type(module)), {})
+        around = modules.get(path.rpartition(".")[0])
+        figures = {key: getattr(around, key) for key in PARENT_FIGURES if hasattr(around, key)}
+        module.kilotok = Seat(name, op_named(name), evidence.note, figures)
         evidence.facts["grafted"][name] = evidence.facts["grafted"].get(name, 0) + 1
     for name in asked:
         if name not in evidence.facts["grafted"]:
@@ -127,146 +126,6 @@ def _is_target(path: str) -> bool:
     return not path.startswith(("draft_model.", "mm_encoder.", "vision", "multi_modal"))
 
 
-class _Seated:
-    """What every seat does: try the op inside its gate, note what happened."""
-
-    kilotok: tuple[str, Callable[..., Any] | None, Evidence]
-
-    def attempt(self, tokens: int, limit: int, refusal: str, *arguments: Any) -> Any:
-        """The op's result, or None for upstream's own code."""
-        name, op, evidence = self.kilotok
-        if op is None:
-            refusal = "absent"
-        elif tokens > limit:
-            refusal = f"more than {limit} tokens"
-        if refusal:
-            evidence.note(name, refusal, tokens)
-            return None
-        assert op is not None
-        result = op(*arguments)
-        evidence.note(name, "ran", tokens)
-        return result
-
-
-class _Linear(_Seated):
-    """Linear.apply_linear(input, bias, lora_params, layer_idx); x is [tokens, in], weight [out, in]."""
-
-    def apply_linear(self, input: Any, bias: Any, *rest: Any, **more: Any) -> Any:
-        refusal = "bias or LoRA" if bias is not None or any(rest[:1]) or more.get("lora_params") else ""
-        made = self.through_op(input, refusal)
-        own: Any = super()
-        return own.apply_linear(input, bias, *rest, **more) if made is None else made
-
-    def through_op(self, x: Any, refusal: str) -> Any:
-        raise NotImplementedError
-
-    def fp8_scale(self, x: Any) -> tuple[Any, Any, str]:
-        """(x in FP8, input scale x weight scale, ""), or why there is none."""
-        import torch
-
-        scales = getattr(self, "input_scale", None), getattr(self, "weight_scale", None)
-        if scales[0] is None or scales[1] is None or self.weight.dtype != torch.float8_e4m3fn:  # type: ignore[attr-defined]
-            return x, None, "not a static FP8 layer"
-        if x.dtype != torch.float8_e4m3fn:
-            x = torch.ops.tensorrt_llm.static_quantize_e4m3_per_tensor(x, scales[0])[0]
-        combined = getattr(self, "combined_scale", None)  # upstream's min-latency layers keep the product
-        return x, combined if combined is not None else scales[0] * scales[1], ""
-
-
-class _Router(_Linear):
-    """BF16 logits [tokens, experts]."""
-
-    def through_op(self, x: Any, refusal: str) -> Any:
-        import torch
-
-        weight = self.weight  # type: ignore[attr-defined]
-        if (x.dtype, weight.dtype) != (torch.bfloat16, torch.bfloat16):
-            refusal = refusal or "not BF16"
-        made = self.attempt(x.shape[0], FEW_TOKENS, refusal, x, weight)
-        return None if made is None else made.to(x.dtype)  # the op keeps fp32
-
-
-class _Qkv(_Linear):
-    """BF16 [tokens, q + k + v]; on NoPE layers the rows of Q are scaled by their positions."""
-
-    def through_op(self, x: Any, refusal: str) -> Any:
-        if x.shape[0] > FEW_TOKENS:  # before x is quantized for nothing
-            return self.attempt(x.shape[0], FEW_TOKENS, refusal)
-        x, scale, missing = self.fp8_scale(x)
-        positions = getattr(self, "position_ids", None)
-        weight = self.weight  # type: ignore[attr-defined]
-        head = weight.shape[0] // 7  # five query heads, one key and one value head per rank
-        scaling = (0.0 if positions is None else 8192.0, 0.1)
-        rows = (5 * head, head, head)
-        return self.attempt(
-            x.shape[0], FEW_TOKENS, refusal or missing, x, weight, scale, positions, None, *rows, *scaling
-        )
-
-
-class _GateUp(_Linear):
-    """FP8 silu(gate) * up on the down projection's scale; gate rows come first in the weight."""
-
-    def through_op(self, x: Any, refusal: str) -> Any:
-        if not getattr(self, "enable_fused_gemm_swiglu", False) or not hasattr(self, "inv_output_scale"):
-            refusal = refusal or "the layer above applies SwiGLU itself"
-        if refusal or x.shape[0] > FEW_TOKENS:
-            return self.attempt(x.shape[0], FEW_TOKENS, refusal)
-        x, scale, missing = self.fp8_scale(x)
-        weight, output = self.weight, self.inv_output_scale  # type: ignore[attr-defined]
-        return self.attempt(x.shape[0], FEW_TOKENS, missing, x, weight, scale, output)
-
-
-class _Gemm(_Linear):
-    """BF16 [tokens, out]: the output and down projections."""
-
-    def through_op(self, x: Any, refusal: str) -> Any:
-        if refusal or x.shape[0] > GEMM_TOKENS:
-            return self.attempt(x.shape[0], GEMM_TOKENS, refusal)
-        x, scale, missing = self.fp8_scale(x)
-        return self.attempt(x.shape[0], GEMM_TOKENS, missing, x, self.weight, scale)  # type: ignore[attr-defined]
-
-
-class _Experts(_Seated):
-    """The routed experts' forward(x, router_logits, output_dtype, x_high); w3 stands before w1 in the fused weight."""
-
-    def forward(self, x: Any, router_logits: Any, *rest: Any, **more: Any) -> Any:
-        import torch
-
-        this: Any = self
-        scales: Any = getattr(self, "min_latency_quant_scales", None)
-        refusal = "" if scales is not None and x.dtype == torch.float8_e4m3fn else "not on the FP8 min-latency path"
-        refusal = refusal or "the op runs the shared expert too, which upstream runs elsewhere"
-        arguments = () if refusal else (x, router_logits, this.w3_w1_weight, this.w2_weight, list(scales))
-        made = self.attempt(x.shape[0], FEW_TOKENS, refusal, *arguments)
-        own: Any = super()
-        return own.forward(x, router_logits, *rest, **more) if made is None else made
-
-
-class _AllReduce(_Seated):
-    """AllReduce.forward(input, all_reduce_params=...) where it ends in a residual, an RMSNorm and an FP8 rounding."""
-
-    def forward(self, input: Any, *, all_reduce_params: Any = None, **more: Any) -> Any:
-        own: Any = super()
-        this: Any = self
-        fusion = getattr(getattr(all_reduce_params, "fusion_op", None), "name", "")
-        if fusion != "RESIDUAL_RMS_NORM_QUANT_FP8":
-            return own.forward(input, all_reduce_params=all_reduce_params, **more)
-        params = all_reduce_params
-        refusal = "the op has an inbox of its own, which upstream's workspace is not"
-        made = self.attempt(
-            input.shape[0], FEW_TOKENS, refusal,
-            input, params.residual, params.norm_weight, params.scale, params.eps,
-            getattr(this, "workspace", None), list(this.mapping.tp_group),
-        )  # fmt: skip
-        return own.forward(input, all_reduce_params=all_reduce_params, **more) if made is None else made
-
-
-SEATS: dict[str, tuple[str, type[_Seated]]] = {
-    "router": ("router", _Router),
-    "qkv_proj": ("qkv_attn_scaling", _Qkv),
-    "gate_up_proj": ("fc13_swiglu", _GateUp),
-    "o_proj": ("gemm_low_latency", _Gemm),
-    "down_proj": ("gemm_low_latency", _Gemm),
-    "experts": ("moe_top1", _Experts),
-    "all_reduce": ("allreduce_rmsnorm", _AllReduce),
-}
+def _is_seat(name: str, path: str, module: Any) -> bool:
+    """A dense layer's `feed_forward` is no mixture; its parts have seats of their own."""
+    return name != "moe_top1" or path.endswith("experts") or hasattr(module, "experts")

@@ -35,7 +35,10 @@ PATTERNS = (
     "engine_plugins/ops/**/*.cu",
     "engine_plugins/ops/**/*.cuh",
     "engine_plugins/ops/**/*.h",
-    *(f"engine_plugins/trtllm/{name}.py" for name in ("__init__", "adapter", "front", "hook", "placeholders", "relay")),
+    *(
+        f"engine_plugins/trtllm/{name}.py"
+        for name in ("__init__", "adapter", "front", "hook", "placeholders", "relay", "seats")
+    ),
 )
 HOOK = f"import os; {PLUGINS_ENV!r} in os.environ and __import__('engine_plugins.trtllm.hook').trtllm.hook.install()\n"
 # A folder on PYTHONPATH reads no .pth file. Ours must not hide a sitecustomize that the image has.

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine_plugins.trtllm.adapter import SEATS
 from engine_plugins.trtllm.contract import Complaint, Contract, complaints, contract_for, env_complaints
 from engine_plugins.trtllm.placeholders import filled
+from engine_plugins.trtllm.seats import SEATS
 from specs.errors import SpecError
 from specs.schema import Spec
 

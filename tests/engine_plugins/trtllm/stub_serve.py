@@ -42,9 +42,10 @@ IGNORED = os.environ.get("KILOTOK_STUB_IGNORES", "").split(",")
 RANK = """
 import os, sys, signal
 sys.path.append(os.environ["STUB_UPSTREAM"]); sys.path.append(os.environ["STUB_PROJECT"])
-import torch, tests.engine_plugins.trtllm.plain_ops
+import torch
 from tensorrt_llm._torch.models.modeling_utils import MODEL_CLASS_MAPPING
 model = MODEL_CLASS_MAPPING["Llama4ForConditionalGeneration"]()
+model.load_weights({})
 model(torch.arange(4), torch.randn(4, 64).to(torch.bfloat16))
 print("up", flush=True)
 signal.pause()

@@ -68,19 +68,25 @@ class Llama4MinLatencyFusedMoE(nn.Module):
         self.register_buffer(
             "w2_weight", torch.randn(num_experts, hidden_size, intermediate_size).mul(40).to(torch.float8_e4m3fn)
         )
-        scales = (1e-4, 8.0, 2e-3, 4.0 / E4M3_MAX)
-        self.min_latency_quant_scales = [torch.tensor(value) for value in scales]
+        self.fc31_input_dequant = torch.tensor(4.0 / E4M3_MAX)
+        self.fc31_dequant = torch.full((num_experts,), 0.01) * self.fc31_input_dequant  # weight x input scale
+        self.fc2_quant = torch.tensor(50.0)
+        self.fc2_dequant = torch.full((num_experts,), 0.01) / self.fc2_quant
+
+    def load_weights(self, weights: list[dict[str, Any]]) -> None:
+        pass
 
     def forward(
         self, x: torch.Tensor, router_logits: torch.Tensor, output_dtype: Any = None, x_high: Any = None
     ) -> torch.Tensor:
-        fc1, quant, fc2, _ = (float(scale) for scale in self.min_latency_quant_scales)
         score, expert = torch.sigmoid(router_logits.float()).max(dim=-1)
+        scored = (x_high.float() * score[:, None]).to(torch.bfloat16)
+        quantize = torch.ops.tensorrt_llm.static_quantize_e4m3_per_tensor
         rows = []
-        for row, e, s in zip(x.float(), expert.tolist(), score, strict=True):
-            up, gate = (self.w3_w1_weight[e].float() @ row * fc1 * s).chunk(2)
-            hidden = (F.silu(gate) * up * quant).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
-            rows.append(self.w2_weight[e].float() @ hidden * fc2)
+        for row, e in zip(quantize(scored, self.fc31_input_dequant)[0].float(), expert.tolist(), strict=True):
+            up, gate = (self.w3_w1_weight[e].float() @ row * self.fc31_dequant[e]).chunk(2)
+            hidden = quantize(F.silu(gate) * up, 1.0 / self.fc2_quant)[0].float()
+            rows.append(self.w2_weight[e].float() @ hidden * self.fc2_dequant[e])
         return torch.stack(rows).to(torch.bfloat16)
 
 
@@ -95,17 +101,26 @@ class Llama4MinLatencyMoE(nn.Module):
         )
         self.router = Llama4MinLatencyLinear(hidden_size, num_experts, bias=False, quant_config=None)
         self.all_reduce = AllReduce()
+        self.mapping, self.enable_attention_dp = self.all_reduce.mapping, False
 
-    def forward(self, hidden_states: torch.Tensor, hidden_states_high: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        all_rank_num_tokens: Any = None,
+        final_all_reduce_params: AllReduceParams | None = None,
+        hidden_states_high: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         logits = self.router(hidden_states_high)
         routed = self.experts(hidden_states, logits, x_high=hidden_states_high)
-        return self.all_reduce(self.shared_expert(hidden_states) + routed)
+        made = self.shared_expert(hidden_states) + routed
+        return self.all_reduce(made, all_reduce_params=final_all_reduce_params) if self.mapping.tp_size > 1 else made
 
 
 class Llama4MinLatencyAttention(nn.Module):
     def __init__(self, config: Any, nope_layer: bool) -> None:
         super().__init__()
         self.nope_layer, self.q_size, self.kv_size = nope_layer, config.q_size, config.kv_size
+        self.head_dim, self.floor_scale, self.attn_scale = config.kv_size, 8192.0, 0.1
         make = functools.partial(Llama4MinLatencyLinear, bias=False, quant_config=config.quant)
         self.qkv_proj = make(config.hidden_size, self.q_size + 2 * self.kv_size, q_size=self.q_size)
         self.o_proj = Linear(self.q_size, config.hidden_size, bias=False, quant_config=config.quant)
@@ -144,7 +159,9 @@ class Llama4MinLatencyDecoderLayer(nn.Module):
             eps=1e-5,
         )
         *high, quantized, residual = self.all_reduce(attended, all_reduce_params=params)
-        return self.feed_forward(quantized) if dense else self.feed_forward(quantized, high[0]), residual
+        return self.feed_forward(quantized) if dense else self.feed_forward(
+            quantized, hidden_states_high=high[0]
+        ), residual
 
 
 @register_auto_model("Llama4ForConditionalGeneration")
@@ -161,6 +178,11 @@ class Llama4ForConditionalGeneration(nn.Module):
         self.model.layers = nn.ModuleList(Llama4MinLatencyDecoderLayer(config, i) for i in range(config.num_layers))
         self.draft_model = nn.Module()
         self.draft_model.qkv_proj = Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+
+    def load_weights(self, weights: dict[str, Any]) -> None:
+        for module in self.modules():
+            if module is not self and hasattr(module, "load_weights"):
+                module.load_weights([weights])
 
     def forward(self, position_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         residual = hidden
