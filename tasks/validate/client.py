@@ -4,7 +4,8 @@ Definitions (all from the arrival of bytes, tokens counted by the tokenizer over
   ttft_ms    first chunk that carries text, after the request was written (ttft_intended_ms: after it was *meant* to be)
   tps_user   output tokens after the first / time after the first. A speculative first chunk can carry several tokens;
              what arrives at one instant has no duration, so "the first" is then the whole first chunk: tokens in later
-             chunks / time from the first to the last chunk that carries text.
+             chunks / time from the first to the last chunk that carries text. An answer of which one read brought most
+             (finding `burst`: the server or this client was held up) has no speed at all.
   e2e_tps    all output tokens / time from sending to the last token
   itl_ms     gap between chunks, spread over the tokens that the gap produced: one value per token
 The end-of-sequence token is not in the text: usage.completion_tokens may be one higher. Any other disagreement is a
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,7 @@ import numpy as np
 
 from tasks.validate.wire import Address, Connection, HttpReply, RawReply, clock, connect, parse_reply, sse_events
 
+BURST_CHUNKS = 8
 FATAL = frozenset(
     {
         "stall",
@@ -274,6 +277,7 @@ def measure(exchange: Exchange, count: CountTokens, profile: str = "") -> dict[s
     text = "".join(parsed.texts)
     chunk_tokens = _tokens_by_chunk(parsed.texts, count(text)) if text else np.zeros(0, np.int64)
     findings = parsed.findings + _count_findings(int(chunk_tokens.sum()), parsed)
+    findings += ["burst"] if _is_burst(parsed.times_s) else []
     row: dict[str, Any] = {
         "id": ask.id, "domain": ask.domain, "profile": profile, "user": exchange.user,
         "intended_s": exchange.intended_s, "sent_s": sent, "status": parsed.status, "retries": exchange.retries,
@@ -326,12 +330,17 @@ def _timings(times: list[float], tokens: np.ndarray, sent: float, intended: floa
         (first - sent) * 1e3,
         (first - intended) * 1e3,
         (last - sent) * 1e3,
-        later / span if later > 0 and span > 0 else nan,
+        later / span if later > 0 and span > 0 and not _is_burst(times) else nan,
         total / (last - sent),
         float(np.median(per_token)) if len(per_token) else nan,
         float(np.percentile(per_token, 99)) if len(per_token) else nan,
     )
     return dict(zip(names, values, strict=True))
+
+
+def _is_burst(times: list[float]) -> bool:
+    """One read brought more than half of eight chunks or more: what is left of the time says nothing of the server."""
+    return len(times) >= BURST_CHUNKS and 2 * max(Counter(times).values()) > len(times)
 
 
 def speculation(usage: Mapping[str, Any]) -> dict[str, Any]:

@@ -224,6 +224,14 @@ def test_the_definition_of_tokens_per_second() -> None:
     assert row["itl_ms_p50"] == pytest.approx(1000 / 3)
 
 
+def test_an_answer_that_came_at_once_has_no_speed() -> None:
+    """A machine held the answer up and one read brought it: nine tokens in no time are no record."""
+    at_once = chunk(b"".join(event(f"{word} ") for word in "bcdefghi") + b"data: [DONE]\n\n") + b"0\r\n\r\n"
+    row = measure(Exchange(Ask("x", "p"), raw([HEAD, chunk(event("a ")), at_once]), 0.0), count_words)
+    assert row["ok"] and "burst" in row["findings"]
+    assert np.isnan(row["tps_user"])
+
+
 def test_one_token_has_no_speed() -> None:
     row = measure(
         Exchange(Ask("x", "p"), raw([HEAD, chunk(event("a ") + b"data: [DONE]\n\n") + b"0\r\n\r\n"]), 0.0), count_words
