@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Source = Callable[[Path, Path, Path, str], AbstractContextManager[str]]
 
 WARM_UP_REQUESTS = 3
-DIALOGUES_READ = 8  # answers on which a draft that fell short is read again, teacher-forced
+DIALOGUES_READ = 64  # answers on which the draft is read again, teacher-forced
 STEPS = ("client", "speed", "engine alone", "served answers", "source speed", "source answers", "verdict")
 
 
@@ -242,7 +242,7 @@ class _Validation:
     def judge(self, rows: list[dict[str, Any]], served: dict[str, Any], reference: dict[str, Any]) -> None:
         from dataclasses import asdict
 
-        from tasks.validate.diagnosis import acceptance_failed, diagnose
+        from tasks.validate.diagnosis import diagnose
         from tasks.validate.judge import Evidence, judge_all, write_verdict
         from tasks.validate.probe import scale_errors
 
@@ -250,10 +250,12 @@ class _Validation:
         results = self.compare(served["rows"], reference)
         scales = scale_errors(self.job.inputs["build_engine"], self.job.inputs["download"])
         self.metrics["bundle.scale_error_percent"] = scales[0].percent if scales else math.nan
+        fit = self.read_draft(served["rows"])
+        if fit is not None:
+            self.metrics["draft.capture_gain_nats"] = fit.gain_nats
         last_good = (self.job.extra.get("last_good") or {}).get("metrics")
         evidence = Evidence(self.metrics, results, bool(self.golden), self.findings, self.remarks)
         said = judge_all(evidence, self.settings, last_good)
-        fit = self.read_draft(served["rows"]) if acceptance_failed(said.failed) else None
         causes = [asdict(cause) for cause in diagnose(said.failed, self.metrics, scales, fit, last_good)]
         write_verdict(self.job.out, evidence, said, causes)
 
@@ -289,19 +291,12 @@ class _Validation:
         return results
 
     def read_draft(self, answered: list[dict[str, Any]]) -> Any:
-        """The head on some served answers, teacher-forced; None for an engine that has no reference here."""
-        from specs.errors import KilotokError
+        """The head on some served answers, teacher-forced; None where there is no head that can be read."""
         from tasks.validate.probe import draft_fit
 
         prompts = {problem.id: problem.prompt for problems in self.how.local.values() for problem in problems}
         known = [(prompts[row["id"]], row["answer"]) for row in answered if row["id"] in prompts]
-        if self.backend != "native" or not known or not self.draft_tokens:
-            return None
-        try:
-            return draft_fit(self.job.inputs["build_engine"], known[:: max(len(known) // DIALOGUES_READ, 1)])
-        except KilotokError as error:  # a cause less is no reason to lose a verdict
-            self.remarks.append(f"the draft could not be read again: {error}")
-            return None
+        return draft_fit(self.job.inputs["build_engine"], known[:: max(len(known) // DIALOGUES_READ, 1)])
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,9 +1,9 @@
 """From a failed gate to its likely cause, with the evidence and what to do: the part people would else do by hand.
 
   weights   a tensor's scale against the source's: named down to the expert
-  draft     the head, teacher-forced: does it fit other layers better (capture is shifted), no layers and another output
-            layer (it belongs to another checkpoint), or its own layers while the engine accepts little (the engine's
-            draft path, or the template)
+  draft     the head, teacher-forced: is its output layer not this target's (it belongs to another checkpoint), does it
+            fit other layers better (capture is shifted), or its own while the engine accepts little (the engine's draft
+            path, or the template)
   speed     against the last good build: tokens per cycle (the draft), the cycle, also at forced acceptance (the
             engine), or what lies outside
 
@@ -21,7 +21,7 @@ from tasks.validate.judge import SCALE_LIMIT_PERCENT
 from tasks.validate.probe import DraftFit, ScaleError
 
 Metrics = Mapping[str, float]
-CLEAR_GAIN = 0.1  # share of right guesses by which other layers must beat the captured ones
+CLEAR_LOSS = 0.1  # share of drafts that the engine rejects although they are right teacher-forced
 OTHER_OUTPUT = 0.5  # cosine; a head trained on its target stays above 0.9, one of another checkpoint is near 0
 MOVED = 0.03  # relative; a smaller movement between two builds may be noise
 
@@ -42,17 +42,13 @@ def diagnose(
     fit: DraftFit | None = None,
     last_good: Metrics | None = None,
 ) -> list[Cause]:
-    """Causes of the failed gates, the surest first. `fit` is only looked at when acceptance is among them."""
+    """Causes of the failed gates, the surest first."""
     causes = _weights(scales)
-    if fit is not None and acceptance_failed(failed):
+    if fit is not None and any(name.startswith(("acceptance.", "draft.")) for name in failed):
         causes += _draft(metrics, fit)
     if last_good and any(name.startswith(("latency.", "cycle.", "forced.")) for name in failed):
         causes += _speed(metrics, last_good)
     return causes
-
-
-def acceptance_failed(failed: Collection[str]) -> bool:
-    return any(name.startswith("acceptance.") for name in failed)
 
 
 def _weights(scales: Sequence[ScaleError]) -> list[Cause]:
@@ -72,16 +68,6 @@ def _weights(scales: Sequence[ScaleError]) -> list[Cause]:
 
 def _draft(metrics: Metrics, fit: DraftFit) -> list[Cause]:
     own = f"{100 * fit.agreement:.0f}%"
-    if fit.best_agreement > fit.agreement + CLEAR_GAIN:
-        return [
-            Cause(
-                f"the draft is fed the wrong layers: it captures {list(fit.layers)}, it was trained on layers near "
-                f"{list(fit.best_layers)}",
-                f"teacher-forced it guesses {100 * fit.best_agreement:.0f}% of the target's tokens from "
-                f"{list(fit.best_layers)}, {own} from {list(fit.layers)}",
-                "compare draft.capture_layers with the head's config.json; transformers' hidden_states start one early",
-            )
-        ]
     if fit.output_similarity < OTHER_OUTPUT:
         return [
             Cause(
@@ -91,8 +77,18 @@ def _draft(metrics: Metrics, fit: DraftFit) -> list[Cause]:
                 "train the draft on this target, or serve the target it was made for",
             )
         ]
+    if fit.gain_nats > 0:
+        return [
+            Cause(
+                f"the draft is fed the wrong layers: it captures {list(fit.layers)}, it was trained on layers near "
+                f"{list(fit.best_layers)}",
+                f"teacher-forced it fits {list(fit.best_layers)} better, by {fit.gain_nats:.2g} nats a token beyond "
+                f"noise: {100 * fit.best_agreement:.1f}% right guesses instead of {100 * fit.agreement:.1f}%",
+                "compare draft.capture_layers with the head's config.json; transformers' hidden_states start one early",
+            )
+        ]
     first = metrics.get("acceptance.position.1")
-    if first is not None and first < fit.agreement - CLEAR_GAIN:
+    if first is not None and first < fit.agreement - CLEAR_LOSS:
         return [
             Cause(
                 "the engine does not get out of the draft what is in it",

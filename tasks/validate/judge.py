@@ -84,6 +84,8 @@ def own_gates(settings: Mapping[str, Any], evidence: Evidence) -> list[dict[str,
         for task, result in evidence.results.items()
         if task != ALL_TASKS and result.source < margin
     ]
+    if "draft.capture_gain_nats" in evidence.metrics:
+        gates.append({"metric": "draft.capture_gain_nats", "at_most": 0})
     if evidence.golden:
         gates.append({"metric": "acceptance.golden_gap", "at_most": settings["acceptance"]["tolerance"]})
     return gates

@@ -2,11 +2,12 @@
 
   scale_errors   served over source, least squares, per tensor and per expert, on a sample of rows. FP8 leaves it
                  within a percent of 1; a scale that was lost, doubled or swapped does not
-  draft_fit      the head on the served answers, teacher-forced through the reference model: how often its first guess
-                 is the target's next token with the layers it captures, and with others nearby; and how much its output
-                 layer resembles the target's, from which it once started
+  draft_fit      the head on the served answers, teacher-forced through the reference model, with the layers it captures
+                 and with others nearby. A head fits the layers it was trained on, position by position; that others fit
+                 better beyond noise has one reason. And how much its output layer resembles the target's, from which
+                 it once started
 
-It refuses to judge: `diagnosis.py` does. The draft's fit needs the native engine's reference.
+It refuses to judge: `judge.py` and `diagnosis.py` do. The draft's fit needs a native bundle.
 
 Run: `python -m tasks.validate.probe BUNDLE SOURCE` prints the tensors that are furthest from the source.
 """
@@ -23,6 +24,7 @@ import numpy as np
 
 SAMPLE_ROWS = 16
 NEAR = (-2, -1, 1, 2)  # layers by which a capture is tried elsewhere
+BEYOND_NOISE = 4.0  # standard errors; a dozen captures are tried, and none may win by luck once in a thousand builds
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class ScaleError:
 
 @dataclass(frozen=True)
 class DraftFit:
-    """Shares of the answers' positions, teacher-forced."""
+    """Over the positions of the answers: shares of right guesses, and cross-entropy to the target's distribution."""
 
     layers: tuple[int, ...]
     agreement: float
     best_layers: tuple[int, ...]
     best_agreement: float
+    gain_nats: float  # by which `best_layers` fit better than `layers`, less noise; negative when they do not
     output_similarity: float  # mean cosine of the head's output rows and the target's
 
 
@@ -105,6 +108,8 @@ def _served(bundle: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def draft_fit(bundle: Path, dialogues: Iterable[tuple[str, str]]) -> DraftFit | None:
     """The head of a native bundle on (prompt, answer) pairs; None when there is no head or nothing to read."""
+    if not (bundle / "draft.safetensors").is_file():
+        return None
     from tokenizers import Tokenizer
 
     from engine_plugins.native.bundle import load_bundle
@@ -113,23 +118,30 @@ def draft_fit(bundle: Path, dialogues: Iterable[tuple[str, str]]) -> DraftFit | 
     from engine_plugins.native.tokenizer import ChatTokenizer
 
     opened = load_bundle(bundle, verify=False)
-    if opened.draft is None:
-        return None
+    assert opened.draft is not None
     model = ReferenceModel(opened.config, unpack_target(opened))
     head = DraftReference(opened.draft, unpack_draft(opened), model)
     chat, plain = ChatTokenizer(bundle), Tokenizer.from_file(str(bundle / "tokenizer.json"))
     own = tuple(opened.draft.capture_layers)
-    hits = {layers: np.zeros(2) for layers in nearby(own, opened.config.num_layers)}
+    tried = nearby(own, opened.config.num_layers)
+    read = []
     for prompt, answer in dialogues:
         asked = chat.encode_chat([{"role": "user", "content": prompt}])
         said = plain.encode(answer, add_special_tokens=False).ids
         if len(said) > 2:
-            _count_hits(model, head, [*asked, *said], len(asked), hits)
-    shares = {layers: hit / max(seen, 1) for layers, (hit, seen) in hits.items()}
-    if not hits[own][1]:
-        return None
-    best = max(shares, key=lambda layers: shares[layers])
-    return DraftFit(own, float(shares[own]), best, float(shares[best]), _similarity(head, model))
+            read.append(_read(model, head, [*asked, *said], len(asked), tried))
+    return _fit(own, tried, np.concatenate(read, axis=2), _similarity(head, model)) if read else None
+
+
+def _fit(own: tuple[int, ...], tried: list[tuple[int, ...]], read: np.ndarray, similarity: float) -> DraftFit:
+    """`read` is [capture, (right, loss), position]; `own` is the first capture."""
+    gains = read[:1, 1] - read[1:, 1]  # paired by position: the same text through every capture
+    mean, noise = gains.mean(axis=1), BEYOND_NOISE * gains.std(axis=1) / gains.shape[1] ** 0.5
+    sure = mean > noise
+    best = int(np.where(sure, mean, -np.inf).argmax() if sure.any() else (mean - noise).argmax())
+    gain = float(mean[best] - noise[best])
+    right = read[:, 0].mean(axis=1)
+    return DraftFit(own, float(right[0]), tried[best + 1], float(right[best + 1]), gain, similarity)
 
 
 def nearby(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
@@ -140,17 +152,22 @@ def nearby(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([layers, *inside]))
 
 
-def _count_hits(model: Any, head: Any, tokens: Sequence[int], prompt: int, hits: dict[tuple[int, ...], Any]) -> None:
-    """Row i of the head sees token i+1 and guesses token i+2, which the target's row i+1 decides."""
+def _read(model: Any, head: Any, tokens: Sequence[int], prompt: int, tried: list[tuple[int, ...]]) -> np.ndarray:
+    """[capture, (right, loss), position]. Row i of the head sees token i+1 and guesses token i+2, which row i+1 of the
+    target decides.
+    """
     import torch
 
     logits, outputs = model.forward(tokens)
-    wanted = logits[1:-1].argmax(-1)[prompt - 2 :]
-    for layers, tally in hits.items():
+    wanted_TV = torch.softmax(logits[1:-1][prompt - 2 :][:, head.to_target], dim=-1)
+    said = logits[1:-1][prompt - 2 :].argmax(-1)
+    rows = []
+    for layers in tried:
         features = torch.cat([outputs[layer] for layer in layers], dim=-1) @ head.weights["fc"].T
-        guessed, _ = head.forward(tokens[1:], features[:-1])
-        mine = head.to_target[guessed[:-1].argmax(-1)][prompt - 2 :]
-        tally += (int((mine == wanted).sum()), len(wanted))
+        guessed_TV = head.forward(tokens[1:], features[:-1])[0][:-1][prompt - 2 :]
+        right = (head.to_target[guessed_TV.argmax(-1)] == said).float()
+        rows.append(torch.stack([right, -(wanted_TV * torch.log_softmax(guessed_TV, dim=-1)).sum(-1)]))
+    return torch.stack(rows).numpy()
 
 
 def _similarity(head: Any, model: Any) -> float:

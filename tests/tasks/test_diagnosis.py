@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from tasks.validate.acceptance import acceptance_frame, golden_gap
 from tasks.validate.diagnosis import diagnose
-from tasks.validate.probe import DraftFit, ScaleError, nearby
+from tasks.validate.probe import DraftFit, ScaleError, _fit, nearby
 
 ACCEPTANCE = {"acceptance.length"}
-FITS = DraftFit((1, 3, 4), 0.8, (1, 3, 4), 0.8, 0.99)
+FITS = DraftFit((1, 3, 4), 0.8, (1, 3, 5), 0.8, -0.02, 0.99)
 GOOD = {"acceptance.length": 3.0, "cycle.us": 500.0, "cycle.moe_us": 200.0, "cycle.outside_us": 20.0}
 
 
@@ -31,10 +32,10 @@ def test_a_wrong_scale_is_named_down_to_the_expert() -> None:
 @pytest.mark.parametrize(
     "fit, first, words",
     [
-        (DraftFit((2, 4, 5), 0.1, (1, 3, 4), 0.7, 0.99), 0.1, "wrong layers: it captures [2, 4, 5]"),
-        (DraftFit((1, 3, 4), 0.1, (1, 3, 5), 0.12, 0.02), 0.1, "another checkpoint"),
+        (DraftFit((2, 4, 5), 0.1, (1, 3, 4), 0.7, 1.3, 0.99), 0.1, "wrong layers: it captures [2, 4, 5]"),
+        (DraftFit((1, 3, 4), 0.1, (1, 3, 5), 0.12, 0.4, 0.02), 0.1, "another checkpoint"),
         (FITS, 0.2, "does not get out of the draft"),
-        (DraftFit((1, 3, 4), 0.4, (1, 3, 4), 0.4, 0.99), 0.4, "learnt too little"),
+        (DraftFit((1, 3, 4), 0.4, (1, 3, 5), 0.4, -0.1, 0.99), 0.4, "learnt too little"),
     ],
 )
 def test_a_draft_that_falls_short(fit: DraftFit, first: float, words: str) -> None:
@@ -55,6 +56,21 @@ def test_a_slower_build_is_split_into_draft_engine_and_outside() -> None:
     ]
     assert not diagnose(failed, {**GOOD, "cycle.us": 510.0}, last_good=GOOD)
     assert not diagnose(failed, {**GOOD, "cycle.us": 900.0})  # nothing to compare with
+
+
+def read(*losses: np.ndarray) -> np.ndarray:
+    return np.stack([np.stack([loss < 0.5, loss]) for loss in losses])
+
+
+def test_a_better_capture_is_believed_beyond_noise_only() -> None:
+    rng = np.random.default_rng(0)
+    loss = rng.exponential(1.0, 2000)
+    tried = [(1, 3, 4), (2, 4, 5), (0, 2, 3)]
+    small = _fit(tried[0], tried, read(loss, loss - 0.05 + rng.normal(0, 0.3, 2000), loss + 1), 0.99)
+    assert small.best_layers == (2, 4, 5)
+    assert 0 < small.gain_nats < 0.05
+    chance = _fit(tried[0], tried, read(loss, loss + rng.normal(0, 0.3, 2000), loss + 1), 0.99)
+    assert chance.gain_nats < 0
 
 
 def test_captures_tried_nearby_stay_inside_the_model() -> None:

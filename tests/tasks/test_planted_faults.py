@@ -89,27 +89,32 @@ def failed(record: dict[str, Any]) -> set[str]:
 
 def test_one_experts_scale_off_by_two(pipeline: Pipeline) -> None:
     checkpoint = pipeline.copy(pipeline.checkpoint, "broken-scale")
-    tensors = load_file(checkpoint / "model.safetensors")
-    scales = tensors[f"{EXPERTS}_weight_scale"].repeat(4)
-    scales[2] *= 2
-    save_file({**tensors, f"{EXPERTS}_weight_scale": scales}, checkpoint / "model.safetensors")
+    name = f"{EXPERTS}_weight_scale"
+    shard = next(file for file in checkpoint.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(shard)
+    tensors[name] = tensors[name].repeat(4)
+    tensors[name][2] *= 2
+    save_file(tensors, shard)
     record = pipeline.validate("scale", checkpoint=checkpoint)
     assert record["verdict"] == "FAIL"
     assert "bundle.scale_error_percent" in failed(record)
     assert record["causes"][0]["cause"] == f"the scale of {EXPERTS}, expert 2 is wrong by a factor of 2.00"
 
 
-def test_capture_layers_shifted_by_one(pipeline: Pipeline) -> None:
-    draft = pipeline.copy(pipeline.draft, "shifted")
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_capture_layers_shifted_by_one(pipeline: Pipeline, shift: int) -> None:
+    """One layer early is transformers' numbering taken for ours. One layer late hardly moves the acceptance of a model
+    this small, and is found all the same."""
+    draft = pipeline.copy(pipeline.draft, f"shifted{shift}")
     config = json.loads((draft / "config.json").read_text())
     layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in layers]
+    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [layer + shift for layer in layers]
     (draft / "config.json").write_text(json.dumps(config))
-    record = pipeline.validate("layers", draft=draft)
+    record = pipeline.validate(f"layers{shift}", draft=draft)
     assert record["verdict"] == "FAIL"
-    assert failed(record) == {"acceptance.length"}
+    assert "draft.capture_gain_nats" in failed(record)
     (cause,) = record["causes"]
-    assert cause["cause"].startswith(f"the draft is fed the wrong layers: it captures {[n + 1 for n in layers]}")
+    assert cause["cause"].startswith(f"the draft is fed the wrong layers: it captures {[n + shift for n in layers]}")
     assert str(layers) in cause["evidence"]
 
 
@@ -119,7 +124,7 @@ def test_draft_of_another_checkpoint(pipeline: Pipeline) -> None:
     save_file(renumbered(load_file(draft / "model.safetensors")), draft / "model.safetensors")
     record = pipeline.validate("checkpoint", draft=draft)
     assert record["verdict"] == "FAIL"
-    assert failed(record) == {"acceptance.length"}
+    assert "acceptance.length" in failed(record)
     (cause,) = record["causes"]
     assert cause["cause"] == "the draft belongs to another checkpoint"
 

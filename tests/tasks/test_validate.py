@@ -128,7 +128,6 @@ def test_a_missed_golden_curve_fails(tmp_path: Path) -> None:
     record = validate(job, PLAN)
     assert state_of(record, "acceptance.golden_gap") == "FAIL"
     assert any("position 2 of code" in text for text in record["warnings"])
-    assert any("draft could not be read" in text for text in record["warnings"])  # a mock has none; the verdict stands
 
 
 def test_every_load_of_the_spec_has_its_own_figures(tmp_path: Path) -> None:
