@@ -135,12 +135,14 @@ def draft_fit(bundle: Path, dialogues: Iterable[tuple[str, str]]) -> DraftFit | 
 
 def _fit(own: tuple[int, ...], tried: list[tuple[int, ...]], read: np.ndarray, similarity: float) -> DraftFit:
     """`read` is [capture, (right, loss), position]; `own` is the first capture."""
+    right = read[:, 0].mean(axis=1)
+    if len(tried) == 1:  # so few layers that there is no other capture
+        return DraftFit(own, float(right[0]), own, float(right[0]), 0.0, similarity)
     gains = read[:1, 1] - read[1:, 1]  # paired by position: the same text through every capture
     mean, noise = gains.mean(axis=1), BEYOND_NOISE * gains.std(axis=1) / gains.shape[1] ** 0.5
     sure = mean > noise
     best = int(np.where(sure, mean, -np.inf).argmax() if sure.any() else (mean - noise).argmax())
     gain = float(mean[best] - noise[best])
-    right = read[:, 0].mean(axis=1)
     return DraftFit(own, float(right[0]), tried[best + 1], float(right[best + 1]), gain, similarity)
 
 
