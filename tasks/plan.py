@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +122,15 @@ def plan(
     view, memo = view_of(spec), Memo(store.local)
     known = Known({}, {}, store.read_json(f"last_good/{view.name}"))
     sizes: dict[str, int] = {}
+    elsewhere: dict[str, int] = {}  # bytes of what is built, but not yet on this machine
     rows: list[Row] = []
     for stage in registry.values():
         row, found = _row(stage, view, store, memo, known, sizes, code_root)
+        if row.state == BUILD:
+            fetched = sum(elsewhere.pop(other, 0) for other in (*stage.inputs, *stage.uses))
+            row = replace(row, move_bytes=row.move_bytes + fetched)
+        elif found.manifest:
+            elsewhere[stage.name] = store.missing_bytes(found.manifest)
         rows.append(row)
         known.keys[stage.name] = row.key
         if found.manifest:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from specs.errors import IntegrityError, KilotokError, NetworkError, StoreError
+from tasks.plan import plan
 from tasks.runner import StageEvent
 from tasks.store import LocalStore, Manifest, Meta, open_store
 from tasks.store.keys import CODE_ROOT
@@ -334,6 +335,13 @@ def test_machine_with_its_clock_a_month_ahead_takes_nothing_away(here: S3Store, 
         command = [sys.executable, "-c", AHEAD, here.uri, str(tmp_path / "ahead")]
         done = subprocess.run(command, cwd=CODE_ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert json.loads(done.stdout) == [False, ["make-a"], []]
+
+
+def test_plan_counts_the_bytes_that_a_build_would_fetch(toy: Toy, here: S3Store, there: S3Store) -> None:
+    toy.store = here  # type: ignore[assignment]
+    size = toy.run().size_bytes
+    rows = plan(toy.view, there, toy.registry, toy.root).rows
+    assert [(row.state, row.move_bytes) for row in rows] == [("cached", 0), ("build", size)]
 
 
 def test_every_error_of_the_bucket_is_ours(here: S3Store, proxy: Proxy) -> None:
