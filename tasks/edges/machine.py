@@ -12,6 +12,7 @@ import platform
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,22 @@ def cpu() -> str:
 
 def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy_share(seconds: float) -> float:
+    """Share of all processor time that anybody used during the next `seconds`; 0 where the kernel does not tell."""
+
+    def read() -> tuple[int, int]:
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            return 0, 0
+        return sum(fields), fields[3] + fields[4]  # all, idle and waiting for a disk
+
+    total, idle = read()
+    time.sleep(seconds)
+    total, idle = read()[0] - total, read()[1] - idle
+    return 1 - idle / total if total else 0.0
 
 
 def gpu() -> str:

@@ -65,9 +65,10 @@ def _step(table: sqlite3.Connection, name: str, night: str, metric: str, source:
     since, good = points[step.at].night, points[step.at - 1].night
     better = words.better or 1
     worse = (step.change < 0) == (better > 0)
+    near, far = sorted((abs(step.low), abs(step.high)))
     text = (
         f"{words.label} ({source}) {'fell' if step.change < 0 else 'rose'} {_share(step.change, step.relative)} "
-        f"({_share(step.low, step.relative)} to {_share(step.high, step.relative)}), from "
+        f"({_share(near, step.relative)} to {_share(far, step.relative)}), from "
         f"{figure(step.before, words.unit)} to {figure(step.after, words.unit)}, since {since}"
     )
     alarm = worse and points[-1].night == night and not _told(table, name, metric, source, points[: step.at + 2])

@@ -82,7 +82,7 @@ class Night:
         refresh.settle(self.spec, self.store, self.record["refresh"], passed=outcome != "kept")
 
     def measure(self) -> int:
-        """The A/A runs on what is live now; returns how many there are."""
+        """The A/A runs on what is live now; returns how many there are: none beside other work on the machine."""
         nightly = self.spec.nightly
         self.record["probes"] = probe.probe(self.spec, self.store, nightly.probes if nightly else 0)
         return len(self.record["probes"])

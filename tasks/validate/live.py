@@ -1,8 +1,8 @@
 """Measure what is live, again and again: the same prompts, one user, nothing built and nothing changed between runs.
 
 Two runs of the same thing that differ show the noise (an A/A test); a night that differs from the nights before shows
-that the machine changed under a build that did not. Refuses to judge, and to measure accuracy: greedy answers of an
-unchanged build do not change.
+that the machine changed under a build that did not. Refuses to judge, to count a run beside which the machine did other
+work, and to measure accuracy: greedy answers of an unchanged build do not change.
 Run it: by the nightly flow (`nightly.probes` in the spec), or `python -m tasks.validate.live SPEC RUNS`.
 """
 
@@ -14,16 +14,23 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.edges.machine import busy_share
 from tasks.job import Job, Progress
 
 if TYPE_CHECKING:
     from specs.schema import Spec
 
 
+LOOK_S = 0.2  # before and after each run
+BUSY_SHARE = 0.1  # of all cores; an idle server waits and uses none
+RETRIES = 6  # looks and runs that may be lost to other work
+
+
 def measure_live(spec: Spec, checkpoint: Path, base_url: str, runs: int, workdir: Path) -> list[dict[str, float]]:
     """Metrics of each run: `latency.*`, `cycle.*` and `acceptance.*` of one user, as in validate.
 
-    `checkpoint` has the tokenizer. Raises NetworkError when the endpoint does not answer.
+    `checkpoint` has the tokenizer. Fewer runs than asked for, down to none, when the machine is busy with other work.
+    Raises NetworkError when the endpoint does not answer.
     """
     from specs.lock import read_lock
     from tasks.validate import _Validation, speed
@@ -36,7 +43,16 @@ def measure_live(spec: Spec, checkpoint: Path, base_url: str, runs: int, workdir
     measuring = _Validation(job, Progress())
     endpoint = speed.connect(base_url, measuring.count)
     speed.warm_up(endpoint, measuring.warm_up_asks())
-    return [_once(measuring, endpoint) for _ in range(runs)]
+    measured: list[dict[str, float]] = []
+    for _ in range(runs + RETRIES):
+        if len(measured) < runs and _is_quiet():
+            found = _once(measuring, endpoint)
+            measured += [found] if _is_quiet() else []
+    return measured
+
+
+def _is_quiet() -> bool:
+    return busy_share(LOOK_S) <= BUSY_SHARE
 
 
 def _once(measuring: Any, endpoint: Any) -> dict[str, float]:

@@ -21,7 +21,16 @@ from tasks.job import Progress
 from tests.flows.toy import stages
 
 ROOT = Path(__file__).resolve().parents[3]
-COPIED = ("specs/*.py", "tasks", "flows", "engine_plugins/*.py", "pyproject.toml", "prefect.toml", "infra/prefect")
+COPIED = (
+    "specs/*.py",
+    "specs/hardware",
+    "tasks",
+    "flows",
+    "engine_plugins/*.py",
+    "pyproject.toml",
+    "prefect.toml",
+    "infra/prefect",
+)
 NIGHT = "import sys; from flows.nightly import nightly; print(nightly(*sys.argv[1:], return_state=True))"
 
 
@@ -40,7 +49,7 @@ class Repository:
             self.write(name, text)
         self.write("specs/toy.yaml", stages.SPEC)
         self.write("prompts.jsonl", '{"id": "1", "domain": "code", "prompt": "hello", "answer": "hello"}\n')
-        self.write("model/config.json", "{}")
+        self.write("model/config.json", json.dumps(stages.CONFIG))
         self.write("model/tokenizer.json", '"hello world"')
         self.write("model/model.safetensors", "weights")
         self.write(".gitignore", "__pycache__\n.kilotok\n")

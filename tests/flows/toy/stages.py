@@ -136,6 +136,14 @@ FILES = {
     "tasks/deployment/__init__.py": DEPLOYMENT,
     "tasks/promote.py": PROMOTE,
 }
+CONFIG = {  # enough for the predictor
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+}
 SPEC = """\
 kilotok: 1
 name: toy

@@ -53,9 +53,10 @@ def main() -> None:
     spec, bundle, checkpoint = (Path(argument) for argument in sys.argv[1:4])
     nights = json.loads(RECORDED.read_text())["nights"] if RECORDED.exists() else []
     for _ in range(int(sys.argv[4])):
-        nights.append(night(spec, bundle, checkpoint))
-        print(nights[-1][0], flush=True)
-    RECORDED.write_text(json.dumps({"machine": cpu(), "nights": nights}, indent=0) + "\n")
+        runs = night(spec, bundle, checkpoint)
+        nights += [runs] if len(runs) == 2 else []
+        print(runs or "the machine was busy", flush=True)
+        RECORDED.write_text(json.dumps({"machine": cpu(), "nights": nights}, indent=0) + "\n")
 
 
 if __name__ == "__main__":
