@@ -128,8 +128,7 @@ def test_a_cancelled_run_frees_the_node_and_says_so(house: House, worker: Any) -
 
 def test_a_server_restart_in_the_middle_is_survived(house: House, worker: Any) -> None:
     run = start_hanging(house, "20261207-020000-1")
-    house.server.send_signal(signal.SIGTERM)
-    house.server.wait(60)
+    house.stop_server()
     house.start_server()
     house.hang.unlink()
     assert house.until(run, "Promoted", "Unchanged", "Failed", "Crashed") in ("Promoted", "Unchanged")

@@ -70,6 +70,12 @@ class House:
         self.server = self.spawn("server", argv)
         self.wait(self.is_up, 180, "the server did not start")
 
+    def stop_server(self) -> None:
+        """All of it: the command and the process that it started to serve."""
+        os.killpg(self.server.pid, signal.SIGTERM)
+        self.server.wait(60)
+        self.wait(lambda: not self.is_up(), 60, "the server did not stop")
+
     def is_up(self) -> bool:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.env['PREFECT_API_URL']}/health", timeout=2):
             return True
@@ -148,8 +154,14 @@ class House:
         return found
 
     def close(self) -> None:
+        """Everything that was started here, and what those started: all of it has our store in its environment."""
         for child in reversed(self.children):
             kill(child)
+        ours = f"KILOTOK_STORE={self.store}\0".encode()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if ours in entry.read_bytes():
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
 
 
 def kill(child: subprocess.Popen[bytes]) -> None:

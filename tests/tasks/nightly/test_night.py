@@ -86,18 +86,20 @@ def test_a_night_that_nobody_holds_was_interrupted(store: LocalStore) -> None:
 
 
 def test_two_nights_of_one_spec_do_not_overlap(house: Path, store: LocalStore) -> None:
-    path, order, began = str(house / f"specs/{TINY}.yaml"), [], threading.Event()
+    path, order, waiting = str(house / f"specs/{TINY}.yaml"), [], threading.Event()
+
+    def wait(text: str) -> None:
+        order.append(text)
+        waiting.set()
 
     def second() -> None:
-        began.set()
-        with opened(path, store.uri, "20261202-020000-1", order.append):
+        with opened(path, store.uri, "20261202-020000-1", wait):
             order.append("second")
 
     thread = threading.Thread(target=second)
     with opened(path, store.uri, "20261201-020000-1", quiet):
         thread.start()
-        began.wait(5)
-        thread.join(0.6)
+        assert waiting.wait(30)
         order.append("first")
     thread.join(20)
     assert order[0].startswith("waiting for pid") and order[1:] == ["first", "second"]
@@ -233,7 +235,8 @@ def test_an_option_that_tensorrt_llm_does_not_know_is_refused(store: LocalStore,
 
 
 def test_a_gate_that_the_last_good_build_would_fail_is_noted(house: Path, store: LocalStore) -> None:
-    store.write_json(f"last_good/{TINY}", {"metrics": {"latency.tps_per_user.p50": 10.0}})
+    good = {"build": "1", "stages": [], "metrics": {"latency.tps_per_user.p50": 10.0}}
+    store.write_json(f"last_good/{TINY}", good)
     assert any(
         "last good build would fail: latency" in note for note in check(house / f"specs/{TINY}.yaml", store).notes
     )
