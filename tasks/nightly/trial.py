@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from specs.errors import StageFailed
 from specs.load import load_spec
 from specs.receipts import Receipt
 from specs.schema import Spec
@@ -39,6 +40,8 @@ def trial(spec: Spec, store: Store, metric: str, runs: int) -> dict[str, float]:
         url = ensure_running(store.path(receipts["deploy"]) / "deployment.json")
         with tempfile.TemporaryDirectory() as folder:
             measured = measure_live(spec, store.path(receipts["download"]), url, runs, Path(folder))
+        if not measured:
+            raise StageFailed("the machine is busy with other work", metric, "bisect when nothing else runs")
         return {metric: sum(run[metric] for run in measured) / len(measured)}
     finally:
         discard(store, spec.name)
