@@ -169,9 +169,13 @@ def test_a_schedule_fires(house: House, worker: Any) -> None:
     write_deployments(house.repository)
     house.repository.commit("every minute")
     house.setup()
-    before = len(house.nights())
-    house.wait(lambda: len([n for n in house.nights() if n["state"] != "running"]) > before, 180, "no night came")
-    assert house.nights()[-1]["state"] == "unchanged"
+    known = {night["night"] for night in house.nights()}
+
+    def came() -> list[str]:
+        return [n["state"] for n in house.nights() if n["night"] not in known and n["state"] != "running"]
+
+    house.wait(lambda: bool(came()), 180, "no night came")
+    assert came()[0] == "unchanged"
 
 
 def test_what_leaves_git_is_pruned(house: House) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -115,12 +116,19 @@ class House:
         )  # fmt: skip
 
     def api(self, path: str, body: Any = None) -> Any:
+        """One question to the server, asked again when a busy SQLite makes it say 503, as Prefect's own client does."""
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            f"{self.env['PREFECT_API_URL']}{path}", data, {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
+        url = f"{self.env['PREFECT_API_URL']}{path}"
+        for attempt in range(5):
+            try:
+                request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return json.loads(answer.read() or b"null")
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or attempt == 4:
+                    raise
+                time.sleep(2)
+        raise AssertionError("unreachable")
 
     def start_run(self, deployment: str, **parameters: str) -> str:
         """Create a run; its id."""
