@@ -72,9 +72,10 @@ def _round(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> 
     while any(not r.output_ids for r in requests):
         engine.step()
     first, done_before = time.perf_counter(), sum(len(r.output_ids) for r in requests)
-    before = engine.counters()
+    before, ends = engine.counters(), dict.fromkeys((r.id for r in requests), first)
     while engine.has_work:
-        engine.step()
+        events = engine.step()
+        ends.update((e.request_id, time.perf_counter()) for e in events if e.finish_reason)
     seconds, after = time.perf_counter() - first, engine.counters()
     produced, cycles = sum(len(r.output_ids) for r in requests) - done_before, after["cycles"] - before["cycles"]
     accepted = sum(sum(r.accepted_by_position) for r in requests)
@@ -87,8 +88,15 @@ def _round(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> 
         "cycle_us": 1e6 * seconds / max(1, cycles),
         "step_us": 1e6 * (after["seconds"] - before["seconds"]) / max(1, cycles),
         "acceptance_length": 1 + accepted / with_drafts,
+        "slowest_user_share": _slowest_share(list(ends.values()), begin),
         "split_us": split,
     }
+
+
+def _slowest_share(ends: list[float], begin: float) -> float:
+    """Speed from submit to end of the last user over the mean user's: 1 when all end together, 0 when one starves."""
+    speeds = [1.0 / (end - begin) for end in ends]
+    return min(speeds) / (sum(speeds) / len(speeds))
 
 
 def bench_gemv(

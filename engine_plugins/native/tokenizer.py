@@ -88,12 +88,12 @@ class ChatTokenizer:
 class TextStream:
     """Turns growing token lists into text deltas: holds back half a character and what may become a stop string."""
 
-    WINDOW = 6  # tokens re-read with each step, so that merges and spaces at the seam come out as in one piece
+    WINDOW = 6  # tokens re-read at least, so that merges and spaces at the seam come out as in one piece
 
     def __init__(self, tokenizer: ChatTokenizer, stop: Sequence[str]) -> None:
         self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
         self._ids: list[int] = []
-        self._start = self._done = 0  # ids[start:done] has been read out already
+        self._start, self._before = 0, ""  # the text of ids[start:] that has been read out already
         self._held = ""
         self.text = ""  # what was given out
         self.stopped = False
@@ -103,12 +103,13 @@ class TextStream:
         if not self._tokenizer.available:
             return ""
         self._ids.extend(token_ids)
-        before = self._tokenizer.decode(self._ids[self._start : self._done])
         after = self._tokenizer.decode(self._ids[self._start :])
         if final or not after.endswith("\ufffd"):
-            self._held += after[len(before) :]
-            self._done = len(self._ids)
-            self._start = max(self._start, self._done - self.WINDOW)
+            self._held += after[len(self._before) :]
+            self._before = after
+            if len(self._ids) - self._start > 3 * self.WINDOW:
+                self._start = len(self._ids) - self.WINDOW
+                self._before = self._tokenizer.decode(self._ids[self._start :])
         return self._release(final)
 
     def _release(self, final: bool) -> str:

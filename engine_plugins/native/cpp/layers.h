@@ -95,8 +95,9 @@ static void attention_block(Engine& e, const Attention& a, const Matrix& qkv, co
       float* x = e.scratch[thread];
       prologue.once(thread, [&] { prepare(e, context, rows, x); });
       RowPointers p(x, in, rows.count);
-      for (int head = cut.first(chunk); head < cut.end(chunk); ++head)
-        qkv_attn_scaling(qkv, a, cache, rope, head, p.at, rows, e.score_scratch[thread], e.q);
+      const int end = cut.end(chunk), block = e.hidden > D ? e.hidden / D : 1;  // as many as the scratch holds
+      for (int head = cut.first(chunk); head < end; head += block)
+        qkv_attn_scaling(qkv, a, cache, rope, head, end - head < block ? end - head : block, p.at, rows, e.score_scratch[thread], e.q);
     };
     phase(e, drafting ? kDraft : kQkv, cut.chunks, run);
   }

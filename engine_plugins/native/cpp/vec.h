@@ -201,14 +201,16 @@ KT_INLINE V vquantize(V x, float inv_scale) {  // modelopt: clamp(x / scale) to 
   return vround_e4m3(vmin(vmax(vmul(x, vset1(inv_scale)), vset1(-448.0f)), vset1(448.0f)));
 }
 
-// The E4M3 code of a value that is on the grid already.
-KT_INLINE uint8_t encode_e4m3(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  uint8_t sign = (bits >> 24) & 0x80;
-  float size = fabsf(x);
-  if (size < 0.015625f) return sign | (uint8_t)(size * 512.0f);
-  return sign | (uint8_t)((((bits >> 23) & 0xFF) - 120) << 3) | ((bits >> 20) & 7);
+// The E4M3 codes of sixteen values that are on the grid already: the decode's way through FP16 backwards.
+KT_INLINE void encode_e4m3(const float* x, uint8_t* codes) {
+  const __m256 down = _mm256_set1_ps(0.00390625f);
+  __m128i half[2];
+  for (int i = 0; i < 2; ++i) {
+    const __m128i h = _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), down), 0);
+    half[i] = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(h, 7), _mm_set1_epi16(0x7F)),
+                           _mm_and_si128(_mm_srli_epi16(h, 8), _mm_set1_epi16(0x80)));
+  }
+  _mm_storeu_si128((__m128i*)codes, _mm_packus_epi16(half[0], half[1]));
 }
 
 KT_INLINE uint16_t encode_bf16(float x) {

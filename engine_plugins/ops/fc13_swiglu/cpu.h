@@ -10,15 +10,20 @@ namespace KILOTOK_NAMESPACE {
 
 // out rows are given by pointers, so that routed rows may lie anywhere; inv_scale > 0 rounds for the down projection.
 static void fc13_swiglu(const Matrix& m, int index, int c0, int c1, const float* const* x, int rows, float inv_scale, float* const* out) {
-  float tile[kMaxTileRows * 2 * kLanes];
+  constexpr int kColumns = 4;  // gate and up of four columns are eight groups: enough sums side by side for one row
+  float tile[kMaxTileRows * kColumns * 2 * kLanes];
   for (int r = 0; r < rows; r += kMaxTileRows) {
     const int take = rows - r < kMaxTileRows ? rows - r : kMaxTileRows;
-    for (int c = c0; c < c1; ++c) {
-      gemm_low_latency(m, index, 2 * c, 2, x + r, take, tile, 2 * kLanes);
-      for (int i = 0; i < take; ++i) {
-        V h = vmul(vsilu(vload(tile + i * 2 * kLanes)), vload(tile + i * 2 * kLanes + kLanes));
-        if (inv_scale > 0) vstore_rounded(out[r + i], c * kLanes, vquantize(h, inv_scale));
-        else vstore(out[r + i] + c * kLanes, h);
+    for (int c = c0; c < c1; c += kColumns) {
+      const int columns = c1 - c < kColumns ? c1 - c : kColumns, width = columns * 2 * kLanes;
+      gemm_low_latency(m, index, 2 * c, 2 * columns, x + r, take, tile, width);
+      for (int i = 0; i < take * columns; ++i) {
+        const float* both = tile + (i / columns) * width + (i % columns) * 2 * kLanes;
+        float* row = out[r + i / columns];
+        const int at = (c + i % columns) * kLanes;
+        V h = vmul(vsilu(vload(both)), vload(both + kLanes));
+        if (inv_scale > 0) vstore_rounded(row, at, vquantize(h, inv_scale));
+        else vstore(row + at, h);
       }
     }
   }

@@ -35,28 +35,45 @@ static inline float attention_temperature(const Attention& a, int position) {
   return log1pf(floorf((float)(position + 1) / a.floor_scale)) * a.attn_scale + 1.0f;
 }
 
-static void store_kv(const Attention& a, const CacheView& cache, bool is_k, int slot, int head, int position, float* x) {
-  const int D = a.head_dim;
-  uint8_t* base = (is_k ? cache.k : cache.v) + ((size_t)slot * a.kv_heads + head) * cache.stride;
-  float inv = 1.0f / (is_k ? cache.k_scale : cache.v_scale);
-  if (a.cache_dtype == kFp8)
-    for (int i = 0; i < D; i += kLanes) vstore(x + i, vquantize(vload(x + i), inv));
-  for (int d = 0; d < D; ++d) {
-    size_t at = is_k ? ((((size_t)(position / kLanes) * (D / 2) + d / 2) * kLanes + position % kLanes) * 2 + d % 2)
-                     : ((((size_t)(d / kLanes) * (a.max_seq / 2) + position / 2) * kLanes + d % kLanes) * 2 + position % 2);
-    if (a.cache_dtype == kFp8) base[at] = encode_e4m3(x[d]);
-    else ((uint16_t*)base)[at] = encode_bf16(x[d]);
+// Sixteen codes of one position into a cache block of Code: K has two dimensions side by side, V two positions.
+template <class Code>
+KT_INLINE void scatter(const Code* codes, bool is_k, int d, int head_dim, int max_seq, int position, Code* base) {
+  if (is_k) {
+    Code* at = base + (((size_t)(position / kLanes) * (head_dim / 2) + d / 2) * kLanes + position % kLanes) * 2;
+    for (int i = 0; i < kLanes; i += 2, at += 2 * kLanes) at[0] = codes[i], at[1] = codes[i + 1];
+  } else {
+    Code* at = base + ((size_t)(d / kLanes) * (max_seq / 2) + position / 2) * kLanes * 2 + position % 2;
+    for (int i = 0; i < kLanes; ++i) at[2 * i] = codes[i];
   }
 }
 
-// One head (queries first, then keys, then values) of all rows. tile: [rows][D] scratch.
-static void qkv_attn_scaling(const Matrix& m, const Attention& a, const CacheView& cache, bool rope, int head, const float* const* x,
-                             const Rows& rows, float* tile, float* q_out) {
+static void store_kv(const Attention& a, const CacheView& cache, bool is_k, int slot, int head, int position, float* x) {
+  const int D = a.head_dim;
+  uint8_t* base = (is_k ? cache.k : cache.v) + ((size_t)slot * a.kv_heads + head) * cache.stride;
+  const float inv = 1.0f / (is_k ? cache.k_scale : cache.v_scale);
+  uint8_t codes[kLanes];
+  uint16_t words[kLanes];
+  for (int d = 0; d < D; d += kLanes) {
+    if (a.cache_dtype == kFp8) {
+      vstore(x + d, vquantize(vload(x + d), inv));
+      encode_e4m3(x + d, codes);
+      scatter(codes, is_k, d, D, a.max_seq, position, base);
+    } else {
+      for (int i = 0; i < kLanes; ++i) words[i] = encode_bf16(x[d + i]);
+      scatter(words, is_k, d, D, a.max_seq, position, (uint16_t*)base);
+    }
+  }
+}
+
+// Heads first .. first + count (queries, then keys, then values) of all rows. tile: [rows][count x D] scratch.
+static void qkv_attn_scaling(const Matrix& m, const Attention& a, const CacheView& cache, bool rope, int first, int count,
+                             const float* const* x, const Rows& rows, float* tile, float* q_out) {
   const int D = a.head_dim, groups = D / kLanes, q_width = a.heads * D;
-  gemm_low_latency(m, 0, head * groups, groups, x, rows.count, tile, D);
-  const bool is_q = head < a.heads, is_k = !is_q && head < a.heads + a.kv_heads;
-  for (int r = 0; r < rows.count; ++r) {
-    float* row = tile + (size_t)r * D;
+  gemm_low_latency(m, 0, first * groups, count * groups, x, rows.count, tile, count * D);
+  for (int i = 0; i < rows.count * count; ++i) {
+    const int r = i / count, head = first + i % count;
+    const bool is_q = head < a.heads, is_k = !is_q && head < a.heads + a.kv_heads;
+    float* row = tile + (size_t)i * D;
     const int position = rows.position[r];
     if ((is_q || is_k) && rope) {
       rotate(row, D, a.cos_SD + (size_t)position * (D / 2), a.sin_SD + (size_t)position * (D / 2));
@@ -67,7 +84,7 @@ static void qkv_attn_scaling(const Matrix& m, const Attention& a, const CacheVie
       continue;
     }
     V factor = vset1(!rope && a.temperature_tuning ? attention_temperature(a, position) : 1.0f);
-    for (int i = 0; i < D; i += kLanes) vstore(q_out + (size_t)r * q_width + head * D + i, vmul(vload(row + i), factor));
+    for (int d = 0; d < D; d += kLanes) vstore(q_out + (size_t)r * q_width + head * D + d, vmul(vload(row + d), factor));
   }
 }
 
