@@ -8,9 +8,6 @@ Refuses to start anything. Run it: `kilotok run SPEC` (stage `build_engine`).
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,49 +57,11 @@ def _native(job: Job, progress: Progress) -> dict[str, float]:
 
 
 def _trtllm(job: Job, progress: Progress) -> dict[str, float]:
-    from engine_plugins.trtllm import package
-    from engine_plugins.trtllm.liveness import expect
-    from engine_plugins.trtllm.render import render
+    from engine_plugins.trtllm.bundle import write_bundle
 
-    engine: dict[str, Any] = job.spec["engine"]
-    rendered = render(job.spec)
-    config = json.loads((job.inputs["quantize"] / "config.json").read_text(encoding="utf-8"))
-    _link_tree(job.inputs["quantize"], job.out / "checkpoint")
-    if engine["draft_tokens"]:
-        _link_tree(job.inputs["train_draft"], job.out / "draft")
-    progress(1, 2, "packing the plugin package")
-    wheel = package.build_wheel(job.out / "plugins")
-    package.unpack(wheel, job.out / "site")
-    record = {
-        "backend": "trtllm",
-        "version": engine["version"],
-        "image": (job.spec.get("deploy") or {}).get("image"),
-        **{name: engine[name] for name in ("draft_tokens", "max_batch_size", "max_seq_len", "plugins")},
-        "argv": rendered.argv,
-        "env": rendered.env,
-        "args": rendered.args_yaml,
-        "wheel": wheel.name,
-        "expected": expect(job.spec, config).to_dict(),
-    }
-    # JSON is YAML; its placeholders are filled in when it is started.
-    (job.out / "args.yaml").write_text(json.dumps(rendered.args_yaml, indent=2) + "\n")
-    (job.out / "bundle.json").write_text(json.dumps(record, indent=2) + "\n")
-    progress(2, 2, "rendered")
-    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(engine["plugins"]))}
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """Hard links where the store allows it: 400 GB of checkpoint need not exist twice on one disk."""
-
-    def link_or_copy(src: str, dst: str) -> None:
-        try:
-            os.link(src, dst)
-        except OSError:
-            shutil.copy2(src, dst)
-
-    shutil.rmtree(target, ignore_errors=True)
-    own = shutil.ignore_patterns("manifest.json", ".provenance")  # the source's papers are not the bundle's
-    shutil.copytree(source, target, copy_function=link_or_copy, ignore=own)
+    write_bundle(job.out, job.spec, job.inputs["quantize"], job.inputs["train_draft"])
+    progress(1, 1, "rendered")
+    return {"bundle.bytes": float(_size(job.out)), "bundle.plugins": float(len(job.spec["engine"]["plugins"]))}
 
 
 def _size(path: Path) -> int:

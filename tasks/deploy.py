@@ -15,19 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from specs.errors import InputError, IntegrityError
-from tasks.deployment.slots import PROJECT, base_url
+from tasks.deployment.launch import launch_plan
+from tasks.deployment.slots import base_url
 from tasks.deployment.steps import OnStep, opened
-from tasks.edges import machine
 from tasks.job import Job, Progress
-
-SERVERS = {"native": "engine_plugins.native.server", "trtllm": "engine_plugins.trtllm.front"}
-RELEASE_IMAGE = "nvcr.io/nvidia/tensorrt-llm/release"
 
 
 def build(
@@ -55,56 +51,24 @@ def build(
 
 def make_plan(job: Job, server: Sequence[str] = (), mounts: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that a start needs, as JSON; `{port}` and `{control}` in argv are filled in at each start."""
-    deploy, engine = job.spec["deploy"], job.spec.get("engine", {})
+    deploy = job.spec["deploy"]
     bundle = job.inputs["build_engine"]
     record = bundle / "bundle.json"
     if not record.is_file():
         raise InputError("there is no bundle here", str(bundle), "run `kilotok run` again: it rebuilds what is missing")
     if deploy.get("require_signature"):
         check_signature(bundle, job.root)
-    name, backend = str(job.spec["name"]), str(engine.get("backend", "native"))
+    launch = launch_plan(job.spec, bundle, server, mounts)
     plan = {
         "kilotok_deployment": 1,
-        "name": name,
-        "model": name,
+        **launch,
         "store": str(store_root(job.out)),
-        "to": deploy.get("to", "process"),
         "strategy": deploy.get("strategy", "blue_green"),
-        "backend": backend,
-        "host": deploy.get("host", "127.0.0.1"),
         "port": int(deploy.get("port", 8000)),
-        "start_timeout_s": float(deploy.get("start_timeout_s", 120)),
-        "health_path": "/health",
-        "bundle": str(bundle),
         "bundle_digest": hashlib.sha256(record.read_bytes()).hexdigest(),
         "memory_bytes": sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()),
-        "argv": server_argv(name, bundle, backend, deploy, server),
-        "env": {},
-        "cwd": str(PROJECT),
     }
-    if backend == "trtllm":
-        # What was built is what runs: the front comes out of the bundle, in a container and outside of one.
-        cwd = str(PROJECT if server else bundle / "site")
-        plan |= {
-            "gpus": machine.gpu() != "none",
-            "cwd": cwd,
-            "expected": json.loads(record.read_text()).get("expected"),
-        }
-    if plan["to"] == "docker":
-        image = deploy.get("image") or (f"{RELEASE_IMAGE}:{engine['version']}" if backend == "trtllm" else None)
-        if not image:
-            raise InputError("deploy.to: docker needs an image", "deploy.image", "name one by digest")
-        cwd = plan["cwd"] if mounts or backend == "trtllm" else "/"
-        plan |= {"image": image, "mounts": list(mounts), "cwd": cwd}
     return {**plan, "digest": hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()}
-
-
-def server_argv(name: str, bundle: Path, backend: str, deploy: Mapping[str, Any], server: Sequence[str]) -> list[str]:
-    """The server's command line; in a container `python` is the image's, here it is ours."""
-    python = "python" if deploy.get("to") == "docker" else sys.executable
-    own = (python, "-m", SERVERS[backend])
-    argv = [*(server or own), "--bundle", str(bundle), "--served-model-name", name]
-    return [*argv, "--host", str(deploy.get("host", "127.0.0.1")), "--port", "{port}", "--control", "{control}"]
 
 
 def store_root(out: Path) -> Path:

@@ -144,7 +144,15 @@ def _build(build: _Build, lease: int | None) -> Manifest:
     inputs = {name: store.checkout(store.load(uri)) for name, uri in uris.items()}
     workdir = store.workdir(stage.name, build.key)
     lock = dict(build.view.lock) if build.view.lock else None
-    job = Job(stage.name, build.view.slice(stage.reads), build.view.root, inputs, workdir, lock, dict(build.extra))
+    job = Job(
+        stage.name,
+        build.view.slice((*stage.reads, *stage.told)),
+        build.view.root,
+        inputs,
+        workdir,
+        lock,
+        dict(build.extra),
+    )
     metrics = _run_isolated(build, job, lease) if stage.isolated else _run_here(build, job)
     meta = Meta(build.components, metrics, provenance.collect(build.view), uris, _is_pass(workdir))
     manifest = store.publish(stage.name, build.key, workdir, meta)

@@ -21,6 +21,7 @@ class Stage:
     name: str
     inputs: tuple[str, ...] = ()  # earlier stages whose artifact digests are part of the key
     uses: tuple[str, ...] = ()  # earlier stages it is given without being keyed by them (an endpoint's address)
+    told: tuple[str, ...] = ()  # spec paths it is given without being keyed by them (how a server is started)
     reads: tuple[str, ...] = ()  # dotted spec paths: its slice
     packages: tuple[str, ...] = ()  # distributions whose version shapes the output
     machine: tuple[str, ...] = ()  # machine facts that shape the output: see tasks.edges.machine.FACTS
@@ -50,6 +51,7 @@ STAGES: tuple[Stage, ...] = (
         "synthesize",
         inputs=("quantize",),
         reads=("draft.data", "engine.backend", "engine.version"),
+        told=("engine", "deploy"),
         packages=("tokenizers", "jinja2"),
         entry="tasks.synthesize:build",
         isolated=True,
@@ -88,6 +90,7 @@ STAGES: tuple[Stage, ...] = (
         inputs=("download", "build_engine"),
         uses=("deploy",),
         reads=("validate", "engine.backend", "engine.draft_tokens"),
+        told=("engine", "deploy"),
         packages=("lm-eval", *_TORCH),
         machine=("cpu", "gpu", "container"),
         entry="tasks.validate:build",

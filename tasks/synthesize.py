@@ -11,16 +11,20 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specs.errors import InputError, IntegrityError
+from specs.errors import IntegrityError, StageFailed
+from tasks.deployment.plain import Starter, plain_server
+from tasks.edges.service import post_json
 from tasks.job import Job, Progress
 from tasks.prompts import Prompt, balanced, read_prompts, resolve, template_sha256
 
 SHARD = 128  # prompts: a few seconds of work on the slowest machine we have
 BATCH = 16
+ANSWER_TIMEOUT_S = 1800.0
 BAD_SHARE = 0.05  # more empty or truncated answers than this and the head would learn to stop, or never to
 RULES = {"empty": "answers are empty", "truncated": "answers are cut off at max_new_tokens"}
 
@@ -38,25 +42,33 @@ class Answer:
 Answerer = Callable[[list[Prompt]], Iterable[tuple[int, Answer]]]  # (index, answer), in any order
 
 
-def build(job: Job, progress: Progress) -> dict[str, float]:
-    """answers.jsonl and summary.json in `job.out`; returns `synthesize.*` metrics."""
+@dataclass(frozen=True)
+class Work:
+    """What is to be answered: shards of prompts, those of them that are not done, and where answers go."""
+
+    folder: Path
+    shards: list[list[Prompt]]
+    pending: list[int]
+    max_new_tokens: int
+    progress: Progress
+
+
+def build(job: Job, progress: Progress, starter: Starter | None = None) -> dict[str, float]:
+    """answers.jsonl and summary.json in `job.out`; returns `synthesize.*` metrics. `starter` is for tests."""
     spec, checkpoint = job.spec["draft"]["data"], job.inputs["quantize"]
     path = resolve(spec["prompts"], job)
     prompts = balanced(read_prompts(path), int(spec["samples"]), path)
-    backend = job.spec.get("engine", {}).get("backend", "native")
-    if backend != "native":
-        raise InputError(
-            f"answers are written by the native engine, not by {backend}",
-            "engine.backend",
-            "synthesize with the native engine first; its answers can be reused",
-        )
     template = template_sha256(checkpoint)
     shards = [prompts[i : i + SHARD] for i in range(0, len(prompts), SHARD)]
     folder = job.scratch / "answers"
     folder.mkdir(exist_ok=True)
     pending = [i for i in range(len(shards)) if not shard_path(folder, i).exists()]
     if pending:
-        with_engine(checkpoint, job.scratch, int(spec["max_new_tokens"]), folder, shards, pending, progress)
+        work = Work(folder, shards, pending, int(spec["max_new_tokens"]), progress)
+        if job.spec.get("engine", {}).get("backend", "native") == "trtllm":
+            with_trtllm(job, checkpoint, work, starter)
+        else:
+            with_engine(checkpoint, job.scratch, work)
     rows = [row for i in range(len(shards)) for row in read_shard(shard_path(folder, i), shards[i])]
     summary = summarise(rows, template)
     check_answers(summary, str(path))
@@ -69,42 +81,59 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     return metrics
 
 
-def with_engine(
-    checkpoint: Path, scratch: Path, max_new_tokens: int, folder: Path, shards: list[list[Prompt]], pending: list[int],
-    progress: Progress,
-) -> None:  # fmt: skip
+def with_engine(checkpoint: Path, scratch: Path, work: Work) -> None:
     """Build a bundle without a draft, answer the pending shards with it, and close it."""
     from engine_plugins.native.bundle import build_bundle
     from engine_plugins.native.engine import Engine
     from engine_plugins.native.tokenizer import ChatTokenizer
 
-    progress.note("build engine")
+    work.progress.note("build engine")
     tokenizer = ChatTokenizer(checkpoint)
-    longest = max(len(encode(tokenizer, prompt)) for shard in shards for prompt in shard)
+    longest = max(len(encode(tokenizer, prompt)) for shard in work.shards for prompt in shard)
     bundle = scratch / "bundle"
-    build_bundle(checkpoint, bundle, max_seq_len=longest + max_new_tokens + 1, max_batch_size=BATCH)
+    build_bundle(checkpoint, bundle, max_seq_len=longest + work.max_new_tokens + 1, max_batch_size=BATCH)
     if template_sha256(bundle) != template_sha256(checkpoint):
         raise IntegrityError("the bundle is served with another chat template", "chat_template.jinja", "rebuild it")
     engine = Engine(bundle, speculate=False)
     try:
-        answer_shards(engine_answerer(engine, max_new_tokens), folder, shards, pending, progress)
+        answer_shards(engine_answerer(engine, work.max_new_tokens), work)
     finally:
         engine.close()
 
 
-def answer_shards(
-    answer: Answerer, folder: Path, shards: list[list[Prompt]], pending: list[int], progress: Progress
-) -> None:
+def with_trtllm(job: Job, checkpoint: Path, work: Work, starter: Starter | None) -> None:
+    """Start trtllm-serve on the checkpoint, without a draft and with many requests in flight; answer, end it."""
+    from engine_plugins.native.tokenizer import ChatTokenizer
+    from engine_plugins.trtllm.bundle import PLAIN_BATCH
+
+    tokenizer, end = ChatTokenizer(checkpoint), end_of_turn_id(checkpoint)
+    with plain_server(job.spec, checkpoint, job.scratch, work.progress.note, starter) as url:
+        name = str(job.spec["name"])
+        answer_shards(http_answerer(url, name, tokenizer, end, work.max_new_tokens, PLAIN_BATCH), work)
+
+
+def end_of_turn_id(checkpoint: Path) -> int | None:
+    """The token that ends an answer, by the tokenizer's own account."""
+    from tokenizers import Tokenizer
+
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
+    token = config.get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    found: int | None = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).token_to_id(token) if token else None
+    return found
+
+
+def answer_shards(answer: Answerer, work: Work) -> None:
     """Write each pending shard in one rename, so that a shard file that exists is whole."""
-    total = sum(map(len, shards))
-    done = total - sum(len(shards[i]) for i in pending)
-    for i in pending:
+    total = sum(map(len, work.shards))
+    done = total - sum(len(work.shards[i]) for i in work.pending)
+    for i in work.pending:
         rows: dict[int, dict[str, Any]] = {}
-        for index, said in answer(shards[i]):
-            rows[index] = record(shards[i][index], said)
+        for index, said in answer(work.shards[i]):
+            rows[index] = record(work.shards[i][index], said)
             done += 1
-            progress(done, total, f"{len(said.answer_token_ids)} tokens")
-        write_atomic(shard_path(folder, i), (json.dumps(rows[k], ensure_ascii=False) for k in sorted(rows)))
+            work.progress(done, total, f"{len(said.answer_token_ids)} tokens")
+        write_atomic(shard_path(work.folder, i), (json.dumps(rows[k], ensure_ascii=False) for k in sorted(rows)))
 
 
 def engine_answerer(engine: Any, max_new_tokens: int) -> Answerer:
@@ -121,6 +150,31 @@ def engine_answerer(engine: Any, max_new_tokens: int) -> Answerer:
                 if event.finish_reason is not None:
                     i, request = requests.pop(event.request_id)
                     yield i, Answer(request.text, ids[i], list(request.output_ids), event.finish_reason)
+
+    return answer
+
+
+def http_answerer(
+    url: str, model: str, tokenizer: Any, end_of_turn: int | None, max_new_tokens: int, in_flight: int
+) -> Answerer:
+    """Greedy answers by trtllm-serve, as token ids both ways: `detokenize: false` gives back what was generated."""
+
+    def ask(prompt: Prompt) -> Answer:
+        ids = encode(tokenizer, prompt)
+        body = {"model": model, "prompt": ids, "max_tokens": max_new_tokens, "temperature": 0, "detokenize": False}
+        try:
+            choice = post_json(f"{url}/v1/completions", body, {}, ANSWER_TIMEOUT_S)["choices"][0]
+            said = [int(token) for token in choice["token_ids"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise StageFailed(f"trtllm-serve did not answer {prompt.id}: {error}", url, "read its log") from None
+        reason = str(choice["finish_reason"])
+        if reason == "stop" and end_of_turn is not None and said[-1:] != [end_of_turn]:
+            said.append(end_of_turn)  # a version may keep the token that ended it to itself
+        return Answer(tokenizer.decode(said), ids, said, reason)
+
+    def answer(prompts: list[Prompt]) -> Iterator[tuple[int, Answer]]:
+        with ThreadPoolExecutor(in_flight) as pool:
+            yield from enumerate(pool.map(ask, prompts))
 
     return answer
 

@@ -8,6 +8,8 @@ Run it: `kilotok deployments`, `kilotok promote SPEC`, `kilotok rollback SPEC`, 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,22 @@ def ensure_running(deployment_json: Path, on_step: OnStep = silent) -> str:
     plan = load_plan(deployment_json)
     with opened(Path(plan["store"]), plan["name"], plan, on_step) as deployment:
         return slots.base_url(deployment.record.slots[deployment.start(plan)])
+
+
+@contextmanager
+def set_aside(deployment_json: Path, on_step: OnStep = silent) -> Iterator[None]:
+    """drain_swap: the candidate lends its memory for the time of a block, and comes back. blue_green: nothing to do."""
+    plan = load_plan(deployment_json)
+    if plan["strategy"] != "drain_swap":
+        yield
+        return
+    with opened(Path(plan["store"]), plan["name"], plan, on_step) as deployment:
+        deployment.set_aside(plan)
+    try:
+        yield
+    finally:
+        with opened(Path(plan["store"]), plan["name"], plan, on_step) as deployment:
+            deployment.bring_back(plan)
 
 
 # For the command line: `store` is tasks.store's; deployments live in this machine's part of it.

@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 
 from specs.errors import InputError, KilotokError
+from tasks.deployment.launch import SERVERS
 
 BUNDLES, RUN = "/bundles", "/run/kilotok"
 DRAIN_S = 600  # a running answer may take this long
 PROBE_S = 10
 GIB_PER_BUNDLE = 600  # Maverick in FP8 with its draft; the claim holds two, the old one and the new
-SERVERS = {"native": "engine_plugins.native.server", "trtllm": "engine_plugins.trtllm.front"}
 
 
 def manifests(spec: dict[str, Any], bundle: str = "current") -> list[dict[str, Any]]:
@@ -81,9 +81,12 @@ def _strategy(strategy: str) -> dict[str, Any]:
 
 def _pod(spec: dict[str, Any], name: str, bundle: str) -> dict[str, Any]:
     deploy, engine = spec["deploy"], spec["engine"]
-    volumes = {BUNDLES: {"persistentVolumeClaim": {"claimName": f"{name}-bundles"}}, RUN: {"emptyDir": {}}}
+    volumes: dict[str, dict[str, Any]] = {
+        BUNDLES: {"persistentVolumeClaim": {"claimName": f"{name}-bundles"}},
+        RUN: {"emptyDir": {}},
+    }
     volumes["/dev/shm"] = {"emptyDir": {"medium": "Memory"}}  # NCCL and the ranks' queues
-    server = {
+    server: dict[str, Any] = {
         "name": "server",
         "image": deploy["image"],
         "workingDir": f"{BUNDLES}/{bundle}/site" if engine["backend"] == "trtllm" else "/",

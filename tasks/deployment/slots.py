@@ -76,7 +76,7 @@ def container_name(slot: dict[str, Any]) -> str:
     return f"kilotok-{slot['plan']['name']}-{Path(slot['control']).stem}"
 
 
-def spawn(slot: dict[str, Any]) -> dict[str, Any]:
+def spawn(slot: dict[str, Any], dies_with_us: bool = False) -> dict[str, Any]:
     """Start the slot's server, or find the one that was started before we could write it down."""
     plan = slot["plan"]
     values = {"{port}": str(slot["port"]), "{control}": slot["control"]}
@@ -87,7 +87,8 @@ def spawn(slot: dict[str, Any]) -> dict[str, Any]:
     if found is not None:
         return found
     try:
-        return service.start(argv, Path(slot["log"]), cwd=Path(plan["cwd"]), env=plan["env"]).to_dict()
+        how = {"cwd": Path(plan["cwd"]), "env": plan["env"], "dies_with_us": dies_with_us}
+        return service.start(argv, Path(slot["log"]), **how).to_dict()
     except OSError as error:
         raise StageFailed(
             f"cannot start {argv[0]}: {error.strerror}", plan["name"], "check deploy in the spec"

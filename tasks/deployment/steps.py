@@ -245,6 +245,27 @@ class Deployment:
         record.slots[name]["state"] = "failed"
         self._end(f"slot {name} failed after its promotion: {cause.what.splitlines()[0] if cause else 'interrupted'}")
 
+    # Memory lent to a stage
+
+    def set_aside(self, plan: dict[str, Any]) -> None:
+        """End the plan's server for a while: its memory is needed, and `bring_back` follows."""
+        name = self.slot_of(plan)
+        if name is not None:
+            self._begin("aside", slot=name)
+            self._step("end")
+            slots.end(self.record.slots[name], self.drain_timeout_s)  # the keeper refuses as soon as it is gone
+            self._end(f"slot {name} is set aside")
+
+    def bring_back(self, plan: dict[str, Any]) -> None:
+        """Start it again, where it was: a candidate, on trial, or live."""
+        name = self.start(plan)
+        if name in (self.record.data["trial"], self.record.data["live"]):
+            slots.ensure_keeper(self.record, plan["host"], plan["port"])
+            slots.accept(self.record, name)
+            if name == self.record.data["live"]:
+                self.record.slots[name]["state"] = "live"
+            self.record.save()
+
     # Undo and end
 
     def rollback(self) -> str:
@@ -305,6 +326,8 @@ class Deployment:
             self._revert(None)
         elif kind == "drain":
             self.drain()
+        elif kind == "aside":  # whoever needs the server starts it
+            self.record.data["operation"] = None
 
     def _recover_start(self, operation: dict[str, Any], wanted: dict[str, Any] | None) -> None:
         slot = self.record.slots[operation["slot"]]

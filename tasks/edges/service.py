@@ -52,10 +52,11 @@ def is_same(known: Mapping[str, Any] | None) -> bool:
 
 
 def start(
-    argv: Sequence[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None, fds: Sequence[int] = ()
-) -> Identity:
-    """Start a detached process; its output goes to `log`. Raises OSError when the program cannot be started."""
-    process = spawn(argv, log, cwd=cwd, env={**os.environ, **(env or {})}, pass_fds=fds, dies_with_us=False)
+    argv: Sequence[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None, fds: Sequence[int] = (),
+    dies_with_us: bool = False,
+) -> Identity:  # fmt: skip
+    """Start a process, by default a detached one, its output in `log`. Raises OSError when it cannot be started."""
+    process = spawn(argv, log, cwd=cwd, env={**os.environ, **(env or {})}, pass_fds=fds, dies_with_us=dies_with_us)
     found = identity(process.pid)
     # It may have died at once; an identity that matches nothing says so later.
     return found or Identity(process.pid, -1, "")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from tasks.deployment.plain import Starter
     from tasks.job import Job, Progress
 
     Serve = Callable[[Path], str]
@@ -31,19 +32,27 @@ DIALOGUES_READ = 64  # answers on which the draft is read again, teacher-forced
 STEPS = ("client", "speed", "engine alone", "served answers", "source speed", "source answers", "verdict")
 
 
-def build(job: Job, progress: Progress, serve: Serve | None = None, source: Source | None = None) -> dict[str, float]:
+def build(
+    job: Job,
+    progress: Progress,
+    serve: Serve | None = None,
+    source: Source | None = None,
+    starter: Starter | None = None,
+) -> dict[str, float]:
     """See the module docstring. Raises StageFailed when the client fails its self-test or a server does not come up.
 
-    `serve` gives the candidate's base URL for its deployment.json, `source` runs the source's server; both are for
-    tests.
+    `serve` gives the candidate's base URL for its deployment.json, `source` runs the source's server, `starter` says
+    how trtllm-serve is started for it; all are for tests.
     """
+    from functools import partial
+
     from tasks.validate.servers import source_server
 
     if serve is None:
         from tasks.deployment import ensure_running
 
         serve = ensure_running
-    return _Validation(job, progress).run(serve, source or source_server)
+    return _Validation(job, progress).run(serve, source or partial(source_server, job=job, starter=starter))
 
 
 class _Validation:

@@ -51,6 +51,7 @@ RETRY_STATUS = (429, 503)
 # A character that the server cut in two, or a tokenization that is not canonical, moves a count a little; more is a
 # lie.
 COUNT_TOLERANCE = 0.02
+CHUNK_TOLERANCE = 0.1  # chunks and steps that differ by more are not one to one
 
 CountTokens = Callable[[str], np.ndarray]
 
@@ -204,6 +205,7 @@ class Parsed:
     texts: list[str] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     finish: str = ""
+    per_step: float = 0.0  # tokens per engine step, as TensorRT-LLM tells them on its last chunk
     status: int = 0
     mock: dict[str, float] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
@@ -259,6 +261,7 @@ def _read_events(reply: HttpReply, parsed: Parsed) -> None:
                 parsed.times_s.append(arrived)
                 parsed.texts.append(text)
             parsed.finish = choice.get("finish_reason") or parsed.finish
+            parsed.per_step = choice.get("avg_decoded_tokens_per_iter") or parsed.per_step
     if not finished and not parsed.finish and not parsed.findings:
         parsed.findings.append("truncated_stream")
 
@@ -285,7 +288,7 @@ def measure(exchange: Exchange, count: CountTokens, profile: str = "") -> dict[s
         "usage_tokens": int(parsed.usage.get("completion_tokens") or 0), "chunks": len(parsed.texts),
         "first_chunk_tokens": int(chunk_tokens[0]) if len(chunk_tokens) else 0,
         **_timings(parsed.times_s, chunk_tokens, sent, exchange.intended_s),
-        **speculation(parsed.usage),
+        **(speculation_of_steps(parsed, chunk_tokens) or speculation(parsed.usage)),
     }  # fmt: skip
     row["ok"] = not set(findings) & FATAL
     row["findings"] = ";".join(dict.fromkeys(findings))
@@ -355,3 +358,23 @@ def speculation(usage: Mapping[str, Any]) -> dict[str, Any]:
         "cycles": int(own.get("cycles") or 0),
         "accepted_by_position": [int(n) for n in own.get("accepted_by_position") or ()],
     }
+
+
+def speculation_of_steps(parsed: Parsed, chunk_tokens: np.ndarray) -> dict[str, Any]:
+    """The same from TensorRT-LLM, which tells tokens per step and, with stream_interval 1, sends a chunk for each.
+
+    The chunks' sizes then say how far each step's drafts went. Where chunks were merged only the total is known, and it
+    is laid on the first positions. {} from a server that does not tell.
+    """
+    generated = int(parsed.usage.get("completion_tokens") or 0)
+    if not parsed.per_step or not generated:
+        return {}
+    cycles = max(round(generated / parsed.per_step), 1)
+    accepted = generated - cycles
+    if abs(len(chunk_tokens) - cycles) <= max(2, CHUNK_TOLERANCE * cycles):
+        by_position = [int((chunk_tokens > at).sum()) for at in range(1, int(chunk_tokens.max(initial=1)))]
+        cycles = max(len(chunk_tokens), 1)
+    else:
+        whole, rest = divmod(accepted, cycles)
+        by_position = [cycles] * whole + ([rest] if rest else [])
+    return {"accepted": sum(by_position), "rejected": 0, "cycles": cycles, "accepted_by_position": by_position}

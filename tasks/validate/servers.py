@@ -5,8 +5,8 @@ time (engine_plugins/native/cpp/unfused.h): the other side of every comparison. 
 bundle accepting drafts at a fixed rate, right or wrong: its speed is the engine's alone, so a change of speed is the
 engine's or the draft's.
 
-It refuses to stand in for the source with anything quantized, speculative or fused, and to give a forced answer to
-anyone but the stopwatch.
+It refuses to stand in for the source with anything quantized, speculative or fused, to give a forced answer to anyone
+but the stopwatch, and a forced acceptance on trtllm.
 
 Run: part of `validate`; alone: `python -m engine_plugins.native.server --bundle DIR --forced-acceptance 3`
 """
@@ -24,17 +24,31 @@ from pathlib import Path
 from typing import Any
 
 from specs.errors import StageFailed
+from tasks.deployment import set_aside
+from tasks.deployment.plain import Starter, plain_server
 from tasks.edges.process import last_lines, spawn, stop
 from tasks.edges.service import free_port, http_status
+from tasks.job import Job
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 
 
 @contextmanager
-def source_server(download: Path, candidate: Path, scratch: Path, backend: str) -> Iterator[str]:
-    """Base URL of the served source. Raises StageFailed with the server's last words when it does not come up."""
-    _only_native(backend, "source")
+def source_server(
+    download: Path, candidate: Path, scratch: Path, backend: str, job: Job | None = None, starter: Starter | None = None
+) -> Iterator[str]:
+    """Base URL of the served source. Raises StageFailed with the server's last words when it does not come up.
+
+    With trtllm the source runs in the same image, without draft, plugins and min-latency path; where it does not fit
+    beside the candidate (drain_swap) the candidate is set aside meanwhile and comes back.
+    """
+    if backend == "trtllm":
+        assert job is not None
+        deployment = job.inputs["deploy"] / "deployment.json"
+        with set_aside(deployment), plain_server(job.spec, download, scratch, print, starter) as url:
+            yield url
+        return
     bundle = scratch / "source-bundle"
     if not (bundle / "bundle.json").is_file():
         _build(download, candidate, bundle)
@@ -45,16 +59,11 @@ def source_server(download: Path, candidate: Path, scratch: Path, backend: str) 
 @contextmanager
 def forced_server(candidate: Path, scratch: Path, backend: str, tokens_per_cycle: float) -> Iterator[str]:
     """Base URL of the candidate's engine at a forced acceptance. Raises as `source_server`."""
-    _only_native(backend, "forced")
+    if backend != "native":
+        fix = "set validate.latency.forced_acceptance: null"
+        raise StageFailed(f"the {backend} engine runs at no forced acceptance", "engine.backend", fix)
     with native_server(candidate, scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
         yield url
-
-
-def _only_native(backend: str, name: str) -> None:
-    if backend != "native":
-        raise StageFailed(
-            f"validate starts no {name} server of the {backend} backend yet", "engine.backend", "use native"
-        )
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def answerer(prompts: list[Prompt]) -> Iterator[tuple[int, Answer]]:
 
 
 def test_answers_keep_the_prompts_order(tmp_path: Path) -> None:
-    synthesize.answer_shards(answerer, tmp_path, SHARDS, [0, 1, 2], Progress())
+    synthesize.answer_shards(answerer, synthesize.Work(tmp_path, SHARDS, [0, 1, 2], 0, Progress()))
     rows = [r for i in range(3) for r in synthesize.read_shard(synthesize.shard_path(tmp_path, i), SHARDS[i])]
     assert [row["id"] for row in rows] == [prompt.id for prompt in PROMPTS]
 
@@ -44,16 +44,16 @@ def test_a_kill_in_the_middle_costs_one_shard(tmp_path: Path) -> None:
             yield i, said(prompt)
 
     with pytest.raises(KeyboardInterrupt):
-        synthesize.answer_shards(killed, tmp_path, SHARDS, [0, 1, 2], Progress())
+        synthesize.answer_shards(killed, synthesize.Work(tmp_path, SHARDS, [0, 1, 2], 0, Progress()))
     assert [p.name for p in sorted(tmp_path.glob("*.jsonl"))] == ["shard-00000.jsonl"]
     pending = [i for i in range(3) if not synthesize.shard_path(tmp_path, i).exists()]
-    synthesize.answer_shards(answerer, tmp_path, SHARDS, pending, Progress())
+    synthesize.answer_shards(answerer, synthesize.Work(tmp_path, SHARDS, pending, 0, Progress()))
     assert pending == [1, 2]
     assert len(list(tmp_path.glob("*.jsonl"))) == 3
 
 
 def test_a_shard_of_other_prompts_is_refused(tmp_path: Path) -> None:
-    synthesize.answer_shards(answerer, tmp_path, SHARDS, [0], Progress())
+    synthesize.answer_shards(answerer, synthesize.Work(tmp_path, SHARDS, [0], 0, Progress()))
     with pytest.raises(IntegrityError, match="other prompts"):
         synthesize.read_shard(synthesize.shard_path(tmp_path, 0), SHARDS[1])
 
