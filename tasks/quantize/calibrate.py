@@ -27,6 +27,8 @@ from tasks.job import Progress
 from tasks.quantize import coverage, rounding
 
 MAX_BATCH_TOKENS = 4096
+# Plain maxima for a model that lies on disk: layer by layer, or modelopt would keep every weight it has visited.
+FROM_DISK = {"method": "max", "layerwise": {"enable": True, "calib_mutates_weights": False}}
 
 
 def read_recipe(recipe: str, root: Path) -> dict[str, Any]:
@@ -145,7 +147,10 @@ def calibrate(
 
     batches = list(length_batches(sequences, batch_size))
     counter = RouterCounter(model)
-    saved = saved if recipe["algorithm"] in ("max", {"method": "max"}) else None
+    plain = recipe["algorithm"] in ("max", {"method": "max"})
+    if plain and any(parameter.is_meta for parameter in model.parameters()):
+        recipe, plain = {**recipe, "algorithm": FROM_DISK}, False
+    saved = saved if plain else None
     device = first_device(model)
 
     def forward_loop(quantized: Any) -> None:
