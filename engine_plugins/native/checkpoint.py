@@ -212,6 +212,11 @@ def _llama4_fields(config: dict[str, Any], layers: int, head_dim: int) -> dict[s
 def read_model_config(directory: Path) -> ModelConfig:
     """config.json of a Llama4ForCausalLM, Llama4ForConditionalGeneration (its text part) or LlamaForCausalLM."""
     config = _read_json(directory / "config.json")
+    algorithm = (config.get("quantization_config") or {}).get("quant_algo")
+    if algorithm not in (None, "FP8"):
+        raise InputError(
+            f"a checkpoint in {algorithm} is not supported", str(directory), "the native engine runs BF16 and FP8"
+        )
     if "text_config" in config:
         text = config["text_config"]
         config = {**text, "eos_token_id": config.get("eos_token_id", text.get("eos_token_id"))}

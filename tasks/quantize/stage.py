@@ -69,6 +69,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     recipe = calibrate.read_recipe(spec["recipe"], job.root)
     streamed = coverage.formats(recipe["quant_cfg"]) == {"FP8"}
     wanted = coverage.expected(config, recipe["quant_cfg"])
+    refuse_quantized(source)
     template_sha256(source)  # no template, no calibration: the served prompts would look different
     prompts = calibration_prompts(spec["calibration"], job)
     rename = functools.partial(coverage.exported_name, prefixes=coverage.newer_names(config))
@@ -176,6 +177,17 @@ def metrics(frame: Any) -> Mapping[str, float]:
         "quantize.sqnr_db.weights_mean": float(weights.sqnr_db.mean()),
         "quantize.saturation_share.max": float(frame.saturation_share.max()),
     }
+
+
+def refuse_quantized(source: Path) -> None:
+    """A checkpoint may hold FP8 or packed integers without saying so in config.json."""
+    quantized, _, _ = export.exported_tables(source)
+    if quantized:
+        raise InputError(
+            f"the checkpoint is already quantized: {len(quantized)} tensors are not floating point of 16 bits or more",
+            sorted(quantized)[0],
+            "point model.source at the BF16 checkpoint",
+        )
 
 
 def calibration_prompts(spec: dict[str, Any], job: Job) -> list[Prompt]:

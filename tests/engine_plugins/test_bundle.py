@@ -151,3 +151,13 @@ def test_weights_are_stored_as_they_came(models: Path, bundles: Path) -> None:
     unpacked, source = unpack_target(load_bundle(bundles / "tiny")), load_file(models / "tiny" / "model.safetensors")
     for name, tensor in source.items():
         assert np.array_equal(unpacked.float32(name), tensor.to(torch.float32).numpy()), name
+
+
+def test_a_format_the_engine_does_not_compute_is_refused(models: Path, tmp_path: Path) -> None:
+    """Packed NVFP4 looks like bytes; multiplied as such it would answer nonsense."""
+    checkpoint = shutil.copytree(models / "tiny", tmp_path / "nvfp4")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="NVFP4 is not supported"):
+        build_bundle(checkpoint, tmp_path / "out", max_seq_len=64)

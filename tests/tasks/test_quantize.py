@@ -104,7 +104,8 @@ def test_layer_table_is_complete(built: tuple[Path, dict]) -> None:
     assert built[1]["quantize.reload_difference"] < 0.05
 
 
-def test_a_damaged_export_does_not_pass_the_witness(built: tuple[Path, dict], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precise", [True, False])
+def test_a_damaged_export_does_not_pass_the_witness(built: tuple[Path, dict], tmp_path: Path, precise: bool) -> None:
     """The fault: one scale doubled after export, as a renaming or re-sharding tool might."""
     out = shutil.copytree(built[0] / "out", tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
@@ -117,7 +118,7 @@ def test_a_damaged_export_does_not_pass_the_witness(built: tuple[Path, dict], tm
     recipe = calibrate.read_recipe(RECIPE, tmp_path)
     wanted = stage.coverage.expected(config, recipe["quant_cfg"])
     with pytest.raises(IntegrityError, match="layers.2"):
-        stage.witness(out, wanted, [], ids, traces)
+        stage.witness(out, wanted, [], ids, traces, precise)
 
 
 def test_dense_llama3_simply_works(built: tuple[Path, dict], tmp_path: Path) -> None:
@@ -309,6 +310,13 @@ def test_nan_in_a_source_weight_is_named(built: tuple[Path, dict], tmp_path: Pat
 def test_an_already_quantized_checkpoint_is_refused(built: tuple[Path, dict], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="already quantized"):
         build(make_job(built[0], built[0] / "out", tmp_path / "out"), Progress())
+
+
+def test_a_quantized_checkpoint_that_hides_it_is_refused(built: tuple[Path, dict], tmp_path: Path) -> None:
+    source = shutil.copytree(built[0] / "out", tmp_path / "source")
+    shutil.copyfile(built[0] / "source" / "config.json", source / "config.json")
+    with pytest.raises(InputError, match="already quantized: 32 tensors.*layers.0.feed_forward.down_proj.weight"):
+        build(make_job(built[0], source, tmp_path / "out"), Progress())
 
 
 def test_a_calibration_set_shorter_than_asked(built: tuple[Path, dict], tmp_path: Path) -> None:
