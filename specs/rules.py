@@ -154,6 +154,10 @@ RECIPE = _matches(
     r"(file:)?[\w.-]+(/[\w.-]+)*",
     "no recipe; write a name such as general/ptq/fp8_default-kv_fp8, or file:PATH of a YAML",
 )
+ARTIFACT = _matches(
+    r"last_good|(\S+/)?train_draft/[0-9a-f]{8,64}",
+    "no draft to start from; write last_good, or an artifact such as train_draft/3fa9c2d1 (kilotok store ls)",
+)
 SECRET_REFERENCE = _checked(
     lambda value: (
         None

@@ -82,6 +82,14 @@ class DraftTraining(Section):
     sequence_length: Positive = measured(4096, "tokens", "Longest training sequence.")
     max_seconds: Positive | None = measured(None, "s", "Wall-clock budget; training stops at the step that exceeds it.")
     seed: int = Field(0, ge=0, description="Seed of initialisation and shuffling.")
+    hidden_states_gib: float = measured(
+        8.0, "GiB", "Disk for the target's hidden states; what does not fit is computed again each epoch.", ge=0
+    )
+    warm_start: Annotated[str, rules.ARTIFACT] | None = Field(
+        None,
+        description="An earlier head to go on from: `last_good`, an artifact's URI, or `train_draft/KEY`; null starts "
+        "anew. With `nightly.refresh_draft`, `last_good` makes the refresh a continuation.",
+    )
 
 
 class Draft(Section):
@@ -90,6 +98,10 @@ class Draft(Section):
     method: Literal["eagle3"] = Field("eagle3", description="Drafting method.")
     capture_layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] | None = Field(
         None, description="Three target layers whose OUTPUT the head sees, from 0; null takes {1, n/2-1, n-4} of n."
+    )
+    target: Literal["source", "quantized"] = Field(
+        "source",
+        description="Whose hidden states it learns from: the BF16 source's, or the quantized checkpoint's, as served.",
     )
     vocab_size: Positive | None = Field(
         None, description="Draft vocabulary; null takes the target's, a smaller one keeps the most frequent tokens."

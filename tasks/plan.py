@@ -20,6 +20,7 @@ from tasks.stages import REGISTRY, Stage, ask
 from tasks.store import Found, Store
 from tasks.store.keys import CODE_ROOT, Known, SpecView, changes, components, key_of, view_of, why_build
 from tasks.store.memo import Memo
+from tasks.store.start import start_of
 
 if TYPE_CHECKING:
     from specs.schema import Spec
@@ -160,6 +161,7 @@ def why(
     parts = components(
         registry[name], view, Known(digests, {row.stage: row.key for row in before}, last_good), memo, code_root
     )
+    parts |= start_of(registry[name], view, parts, last_good, store)[0]
     unknown = [other for other in registry[name].inputs if other not in digests]
     return [found[name].reason, *_own_changes(store.history(name, view.name), parts, unknown)]
 
@@ -179,6 +181,7 @@ def _row(
     code_root: Path,
 ) -> tuple[Row, Found]:
     parts = components(stage, view, known, memo, code_root)
+    parts |= start_of(stage, view, parts, known.last_good, store)[0]
     record = store.history(stage.name, view.name)
     unknown = [name for name in stage.inputs if name not in known.digests]
     if unknown:

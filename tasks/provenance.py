@@ -149,9 +149,10 @@ def _link_problems(store: Store, manifest: Manifest) -> Iterator[str]:
     """Is it under the key of its components, made from the inputs it names, and (the source) what was locked?"""
     if components_key(manifest.components) != manifest.key:
         yield "its key is not that of its components"
+    said = manifest.components
     for name, uri in manifest.inputs.items():
         parent = _ancestor(store, uri, 1).manifest
-        if parent and manifest.components.get(f"input.{name}", parent.digest) != parent.digest:
+        if parent and said.get(f"input.{name}", said.get(name, parent.digest)) != parent.digest:
             yield f"built from another {name} than {uri}"
     hashes = {file.path: file.sha256 for file in manifest.files}
     locked = {name[5:]: value for name, value in manifest.components.items() if name.startswith("lock.")}

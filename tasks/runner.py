@@ -27,9 +27,10 @@ from tasks.edges.process import accelerator, exit_words, last_lines, spawn, stop
 from tasks.job import Job, Progress
 from tasks.stages import REGISTRY, Stage, ask
 from tasks.store import Manifest, Meta, Store
-from tasks.store.keys import CODE_ROOT, Known, SpecView, components, key_of, view_of, why_build
+from tasks.store.keys import CODE_ROOT, START, Known, SpecView, components, key_of, view_of, why_build
 from tasks.store.local import as_store_error
 from tasks.store.memo import Memo
+from tasks.store.start import start_of
 
 if TYPE_CHECKING:
     from specs.schema import Spec
@@ -64,6 +65,7 @@ class _Build:
     key: str
     components: dict[str, str]
     extra: Mapping[str, Any]
+    start: str = ""  # URI of the artifact it goes on from
 
     def note(self, text: str) -> None:
         self.report(StageEvent(self.stage.name, "note", text=text))
@@ -97,8 +99,10 @@ def run_stage(
         (extra or {}).get("last_good"),
     )
     parts = components(stage, view, known, memo, code_root)
+    added, start = start_of(stage, view, parts, known.last_good, store)
+    parts |= added
     memo.save()
-    build = _Build(stage, view, receipts, store, report, key_of(parts), parts, extra or {})
+    build = _Build(stage, view, receipts, store, report, key_of(parts), parts, extra or {}, start)
     report(StageEvent(name, "started"))
     manifest, state, reason = _find_or_build(build)
     receipt = Receipt(
@@ -141,6 +145,8 @@ def _build(build: _Build, lease: int | None) -> Manifest:
     attest.signing_key()  # a key that cannot sign is found out now, not after hours of work
     given = [name for name in (*stage.inputs, *stage.uses) if name in build.receipts]
     uris = {name: build.receipts[name].uri for name in given}
+    if build.start:
+        uris[START] = build.start
     inputs = {name: store.checkout(store.load(uri)) for name, uri in uris.items()}
     workdir = store.workdir(stage.name, build.key)
     lock = dict(build.view.lock) if build.view.lock else None

@@ -22,6 +22,7 @@ class Stage:
     inputs: tuple[str, ...] = ()  # earlier stages whose artifact digests are part of the key
     uses: tuple[str, ...] = ()  # earlier stages it is given without being keyed by them (an endpoint's address)
     told: tuple[str, ...] = ()  # spec paths it is given without being keyed by them (how a server is started)
+    starts_from: str = ""  # dotted spec path of an earlier artifact of its own that it goes on from
     reads: tuple[str, ...] = ()  # dotted spec paths: its slice
     packages: tuple[str, ...] = ()  # distributions whose version shapes the output
     machine: tuple[str, ...] = ()  # machine facts that shape the output: see tasks.edges.machine.FACTS
@@ -60,7 +61,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "train_draft",
-        inputs=("download", "synthesize"),
+        inputs=("download", "quantize", "synthesize"),
+        starts_from="draft.training.warm_start",
         reads=("draft",),
         packages=("nvidia-modelopt", *_TORCH),
         entry="tasks.train_draft:build",

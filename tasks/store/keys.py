@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "1"  # raise when the meaning of a key or the layout of an artifact changes: everything is built again
 CODE_ROOT = Path(tasks.__file__).resolve().parent.parent
+START = "start"  # the component, and the input, of a stage that starts from an earlier artifact of its own
 _PATH_FIELDS = {"prompts", "problems", "dataset", "recipe"}  # may hold a path even without `file:`
 
 
@@ -155,7 +156,7 @@ def _version(distribution: str) -> str:
 
 
 # -- in words --------------------------------------------------------------------------------------------------------
-_ORDER = ("spec", "package", "data", "lock", "code", "input", "key", "machine", "format", "stage")
+_ORDER = ("spec", "package", "data", "lock", "code", "input", START, "key", "machine", "format", "stage")
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
@@ -194,8 +195,8 @@ def _phrase(name: str, old: str | None, new: str | None) -> str:
         return f"{rest} " + ("is new" if old is None else "is gone" if new is None else "changed")
     if name == "key.since":
         return f"compared with {new or 'nothing'} instead of {old or 'nothing'}"
-    if kind in ("input", "key"):
-        return f"{rest} changed ({(old or 'none')[:8]} -> {(new or 'none')[:8]})"
+    if kind in ("input", START, "key"):
+        return f"{rest or name} changed ({(old or 'none')[:8]} -> {(new or 'none')[:8]})"
     return f"{rest or name} {_shown(kind, old)} -> {_shown(kind, new)}"
 
 

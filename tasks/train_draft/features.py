@@ -1,7 +1,8 @@
 """The frozen target's hidden states, computed once per batch and kept as shards on disk.
 
 From the second epoch on the target never runs again: its forward pass is most of an online step. The disk is bounded:
-beyond the budget a batch is recomputed. Refuses to see gradients.
+what the budget does not hold is computed online, each epoch. No shard is dropped for a newer one: an epoch reads each
+once, in an order of its own, so that one is worth as much as another. Refuses to see gradients.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 
@@ -15,9 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine_plugins.ops.allreduce_rmsnorm.reference import rmsnorm
 from tasks.train_draft import data
-
-BUDGET_BYTES = 8 << 30
 
 
 def default_capture_layers(num_layers: int) -> list[int]:
@@ -55,6 +55,26 @@ class Capture:
         return sorted(self._seen)
 
 
+class ServedCapture:
+    """The same of a quantized checkpoint, with its activations and KV cache rounded as the engine rounds them."""
+
+    def __init__(self, checkpoint: Path, layers: Sequence[int]) -> None:
+        from engine_plugins.native.reference import ReferenceModel
+
+        self.target, self.layers = ReferenceModel.from_checkpoint(checkpoint), list(layers)
+        self.recorded = sorted(self.layers)
+
+    @torch.no_grad()
+    def run(self, token_ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [B, L, 3H] and the last hidden state after the final norm [B, L, H]."""
+        features, last = [], []
+        for ids_L in token_ids_BL.tolist():
+            outputs = self.target.forward(ids_L)[1]
+            features.append(torch.cat([outputs[i] for i in self.layers], -1))
+            last.append(rmsnorm(outputs[-1], self.target.norm, self.target.config.rms_norm_eps))
+        return torch.stack(features), torch.stack(last)
+
+
 def _routed_once(moe: Any) -> Any:
     """Llama 4's MoE with each token through its one expert; transformers sends every token through all of them."""
 
@@ -76,8 +96,8 @@ def _routed_once(moe: Any) -> Any:
 class FeatureStore:
     """Features of batches of sequences; `get` reads the shard or computes and writes it."""
 
-    def __init__(self, capture: Capture, path: Path, budget_bytes: int = BUDGET_BYTES) -> None:
-        self.capture, self.path, self.budget = capture, path, budget_bytes
+    def __init__(self, capture: Capture | ServedCapture, path: Path, budget_gib: float) -> None:
+        self.capture, self.path, self.budget = capture, path, budget_gib * 2**30
         path.mkdir(parents=True, exist_ok=True)
         self.used = sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
         self.computed = 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from specs.errors import IntegrityError
+from specs.errors import InputError, IntegrityError
 
 ROPE_THETA = 10000.0
 REQUIRED = (
@@ -84,6 +84,32 @@ def _initialise(model: Any, d2t: torch.Tensor | None) -> None:
         lm_head = lm_head[torch.arange(len(d2t)) + d2t]
     eagle.lm_head.weight.copy_(lm_head)
     eagle.norm.weight.copy_(model.model.norm.weight)
+
+
+class Earlier:
+    """An earlier export to go on from. Raises InputError, before training, when it is another head than asked for."""
+
+    def __init__(self, path: Path, layers: list[int]) -> None:
+        self.path, self.tensors = path, load_file(path / "model.safetensors")
+        self.d2t = self.tensors.pop("d2t", None)
+        theirs = json.loads((path / "config.json").read_text())["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        self._require(theirs == layers, f"it sees layers {theirs}, not {layers}")
+
+    @torch.no_grad()
+    def copy_to(self, model: Any) -> None:
+        """Its weights into the converted model's head."""
+        own = dict(model.eagle_module.named_parameters())
+        theirs = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in self.tensors.items()}
+        wrong = sorted(n for n in own | theirs if n not in own or n not in theirs or own[n].shape != theirs[n].shape)
+        self._require(not wrong, f"{', '.join(wrong[:3])} has another shape")
+        for name, parameter in own.items():
+            parameter.copy_(theirs[name])
+
+    def _require(self, fits: bool, what: str) -> None:
+        if not fits:
+            raise InputError(
+                f"the head to start from does not fit: {what}", str(self.path), "draft.training.warm_start: null"
+            )
 
 
 @torch.no_grad()

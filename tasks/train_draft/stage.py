@@ -16,50 +16,46 @@ import pandera.pandas as pa
 import torch
 
 from specs.errors import InputError
+from tasks.acceptance import acceptance_frame, acceptance_metrics
 from tasks.job import Job, Progress
 from tasks.prompts import template_sha256
+from tasks.tables import write
 from tasks.train_draft import acceptance, data, detectors, features, head, trainer, vocabulary
 from tasks.train_draft.unroll import Unroller
 
 NUM_DRAFTS = 3  # the chain length that acceptance is reported for
 COMPARED = 4  # held-back answers on which trainer and engine must agree
+JUDGED = 32  # held-back answers that the target must have given itself
 
 
 def build(job: Job, progress: Progress) -> dict[str, float]:
     """EAGLE-3 head in `job.out`; returns `train_draft.*` metrics and the estimated acceptance."""
-    draft, source, answers = job.spec["draft"], job.inputs["download"], job.inputs["synthesize"]
+    draft, answers = job.spec["draft"], job.inputs["synthesize"]
     summary = json.loads((answers / "summary.json").read_text())
-    detectors.check_template(summary["chat_template_sha256"], template_sha256(source))
+    detectors.check_template(summary["chat_template_sha256"], template_sha256(job.inputs["download"]))
     training = draft["training"]
     sequences = data.read_answers(answers / "answers.jsonl", int(training["sequence_length"]))
     check_data(sequences)
     train, held_back = data.split(sequences)
 
-    from transformers import AutoModelForCausalLM
-
     progress(0, 1, "load")
     torch.manual_seed(int(training["seed"]))
-    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    require_llama(target.config)
-    num_layers = target.config.num_hidden_layers
-    layers = list(draft.get("capture_layers") or features.default_capture_layers(num_layers))
-    capture = features.Capture(target, layers)
-    check_capture(capture, layers, train[0])
-    decoder = target.model.layers  # modelopt drops them from the model it converts; features still need them
-    store = features.FeatureStore(capture, job.scratch / "features")
-    d2t = draft_vocabulary(draft, train, target.config.vocab_size)
-    width = head.intermediate_size(draft, target.config)
-    model = head.convert(target, layers, width, int(training["ttt_steps"]), d2t)
-    target.model.layers = decoder
-    model.train()
+    model, capture = load(job, train)
+    layers, d2t = capture.layers, getattr(model.eagle_module, "d2t", None)
+    metrics = {"train_draft.target_agreement": check_target(capture, model.lm_head.weight, held_back)}
+    if d2t is not None:
+        metrics["train_draft.vocabulary_share"] = check_vocabulary(d2t, held_back)
+    store = features.FeatureStore(capture, job.scratch / "features", float(training["hidden_states_gib"]))
 
     run = trainer.Trainer(model, store, train, training, job.scratch)
     state = run.run(progress)
     progress.note("measure")
     head.round_to_bf16(model)
-    metrics = evaluate(model, store, held_back)
+    frame = evaluate(model, store, held_back)
+    write(frame, job.out / "acceptance.parquet")
+    metrics |= acceptance_metrics(frame)
     head.export(model, job.out)
-    metrics["train_draft.engine_difference"] = compare_with_engine(model, store, held_back, source, job.out)
+    metrics["train_draft.engine_difference"] = compare_with_engine(model, store, held_back, target_of(job), job.out)
     write_curve(state.curve, job.out / "curve.parquet")
     metrics.update(
         {
@@ -74,6 +70,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
         json.dumps(
             {
                 "method": "eagle3",
+                "target": draft["target"],
                 "capture_layers": layers,
                 "chat_template_sha256": summary["chat_template_sha256"],
                 "sequences": len(train),
@@ -85,6 +82,36 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
         + "\n"
     )
     return metrics
+
+
+def target_of(job: Job) -> Path:
+    """The checkpoint whose hidden states the head learns from."""
+    return job.inputs["quantize" if job.spec["draft"]["target"] == "quantized" else "download"]
+
+
+def load(job: Job, train: list[data.Sequence]) -> tuple[Any, features.Capture | features.ServedCapture]:
+    """(modelopt's model with the head in it, what records the target's hidden states), both checked."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    draft, source = job.spec["draft"], job.inputs["download"]
+    require_llama(AutoConfig.from_pretrained(source).get_text_config())
+    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    layers = list(draft["capture_layers"] or features.default_capture_layers(target.config.num_hidden_layers))
+    served = features.ServedCapture(target_of(job), layers) if draft["target"] == "quantized" else None
+    capture = features.Capture(target, layers)
+    check_capture(target, capture, served, train[0])
+    earlier = head.Earlier(job.inputs["start"], layers) if "start" in job.inputs else None
+    d2t = draft_vocabulary(draft, train, target.config.vocab_size)
+    if earlier and d2t is not None and earlier.d2t is not None and len(earlier.d2t) == len(d2t):
+        d2t = earlier.d2t  # its head's rows mean these tokens
+    width = head.intermediate_size(draft, target.config)
+    decoder = target.model.layers  # modelopt drops them from the model it converts; features still need them
+    model = head.convert(target, layers, width, int(draft["training"]["ttt_steps"]), d2t)
+    target.model.layers = decoder
+    if earlier:
+        earlier.copy_to(model)
+    model.train()
+    return model, served or capture
 
 
 def require_llama(config: Any) -> None:
@@ -103,14 +130,46 @@ def check_data(sequences: list[data.Sequence]) -> None:
     detectors.check_prompt_end({s.token_ids[s.prompt_tokens - 1] for s in sequences}, "answers.jsonl")
 
 
-def check_capture(capture: features.Capture, layers: list[int], sequence: data.Sequence) -> None:
-    """Run one answer and compare what the hooks keep with transformers' own hidden states."""
+@torch.no_grad()
+def check_capture(
+    target: Any, capture: features.Capture, served: features.ServedCapture | None, sequence: data.Sequence
+) -> None:
+    """Run one answer and compare what is recorded with transformers' own hidden states."""
     ids = torch.tensor([sequence.token_ids])
     recorded, _ = capture.run(ids)
-    detectors.check_capture_layers(layers, capture.recorded, capture.target.config.num_hidden_layers)
-    with torch.no_grad():
-        states = capture.target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-    detectors.check_features(recorded[0], [state[0] for state in states], layers)
+    detectors.check_capture_layers(capture.layers, capture.recorded, target.config.num_hidden_layers)
+    states = target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    states = [state[0] for state in states]
+    for features_TC, tolerance in ((recorded[0], detectors.FEATURE_TOLERANCE), *_served(served, ids)):
+        parts = list(features_TC.chunk(len(capture.layers), -1))
+        if capture.layers[-1] == target.config.num_hidden_layers - 1:
+            parts[-1] = target.model.norm(parts[-1])  # transformers shows the last layer's output only so
+        detectors.check_features(torch.cat(parts, -1), states, capture.layers, tolerance)
+
+
+def _served(served: features.ServedCapture | None, ids: torch.Tensor) -> list[tuple[torch.Tensor, float]]:
+    return [(served.run(ids)[0][0], detectors.SERVED_TOLERANCE)] if served else []
+
+
+@torch.no_grad()
+def check_target(
+    capture: features.Capture | features.ServedCapture, lm_head: torch.Tensor, held_back: Sequence[data.Sequence]
+) -> float:
+    """Share of answer tokens that the target says too when it is told the answer so far."""
+    said, answers = [], []
+    for sequence in held_back[:JUDGED]:
+        _, last = capture.run(torch.tensor([sequence.token_ids]))
+        start = sequence.prompt_tokens
+        said.append((last[0, start : start + sequence.chains] @ lm_head.T).argmax(-1))
+        answers.append(torch.tensor(sequence.token_ids[start + 1 :]))
+    return detectors.check_backbone(torch.cat(said), torch.cat(answers))
+
+
+def check_vocabulary(d2t: torch.Tensor, held_back: Sequence[data.Sequence]) -> float:
+    """Share of answer tokens that the draft's own vocabulary can say."""
+    share = vocabulary.covered_share((s.token_ids[s.prompt_tokens :] for s in held_back), d2t)
+    detectors.check_coverage(share, len(d2t))
+    return share
 
 
 def draft_vocabulary(draft: dict[str, Any], train: list[data.Sequence], vocab_size: int) -> torch.Tensor | None:
@@ -126,16 +185,16 @@ def draft_vocabulary(draft: dict[str, Any], train: list[data.Sequence], vocab_si
 
 
 @torch.no_grad()
-def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequence]) -> dict[str, float]:
-    """Acceptance at three drafts on the held-back answers."""
+def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequence]) -> pd.DataFrame:
+    """Acceptance at three drafts on the held-back answers, by domain and position."""
     unroller = Unroller(model.eagle_module, NUM_DRAFTS)
     answers = []
     for sequence in held_back:
         batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
         said = [to_target(model, logits[0].argmax(-1)) for logits in unroller.logits(batch)]
         right = [(tokens == batch.tokens_BR[0, step:]).tolist() for step, tokens in enumerate(said)]
-        answers.append((sequence.domain, right))
-    return acceptance.replay(answers, NUM_DRAFTS)
+        answers.append((sequence.domain, acceptance.replay(right, NUM_DRAFTS)))
+    return acceptance_frame(answers, NUM_DRAFTS)
 
 
 def to_target(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -145,12 +204,12 @@ def to_target(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def compare_with_engine(
-    model: Any, store: features.FeatureStore, held_back: Sequence[data.Sequence], source: Path, out: Path
+    model: Any, store: features.FeatureStore, held_back: Sequence[data.Sequence], target: Path, out: Path
 ) -> float:
     """The exported head, read by the engine's reference, against the trainer's on forced chains; worst difference."""
     from engine_plugins.native.reference import ReferenceModel
 
-    reference = ReferenceModel.from_checkpoint(source, out)
+    reference = ReferenceModel.from_checkpoint(target, out)
     unroller = Unroller(model.eagle_module, NUM_DRAFTS)
     worst = 0.0
     for sequence in held_back[:COMPARED]:

@@ -269,8 +269,8 @@ class _Validation:
         write_verdict(self.job.out, evidence, said, causes)
 
     def measure_acceptance(self, rows: list[dict[str, Any]], served: dict[str, Any]) -> None:
+        from tasks.acceptance import acceptance_frame, acceptance_metrics, golden_gap
         from tasks.tables import write
-        from tasks.validate.acceptance import acceptance_frame, acceptance_metrics, golden_gap
         from tasks.validate.client import speculation
 
         usages = [(row["domain"], row) for row in rows if row["ok"]]

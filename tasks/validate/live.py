@@ -56,8 +56,8 @@ def _is_quiet() -> bool:
 
 
 def _once(measuring: Any, endpoint: Any) -> dict[str, float]:
+    from tasks.acceptance import acceptance_frame, acceptance_metrics
     from tasks.validate import speed
-    from tasks.validate.acceptance import acceptance_frame, acceptance_metrics
 
     rows, made = speed.alone(endpoint, measuring.asks)
     usages = [(row["domain"], row) for row in rows if row["ok"]]

@@ -79,26 +79,6 @@ class Problems(pa.DataFrameModel):
         unique = ["task", "id", "side", "sample"]
 
 
-class Acceptance(pa.DataFrameModel):
-    """Per domain (and `all`): tokens per cycle, and how often draft position `position` was accepted once drafted."""
-
-    domain: Series[str] = pa.Field(str_length={"min_value": 1})
-    position: Series[int] = pa.Field(ge=1)
-    cycles: Series[int] = pa.Field(ge=0)
-    drafted: Series[int] = pa.Field(ge=0)
-    accepted: Series[int] = pa.Field(ge=0)
-    rate: Series[float] = pa.Field(ge=0, le=1, nullable=True)
-    length: Series[float] = pa.Field(ge=1, nullable=True)
-
-    class Config:
-        strict = True
-        unique = ["domain", "position"]
-
-    @pa.dataframe_check(error="no more accepted than drafted")
-    def accepted_within_drafted(cls, frame: pd.DataFrame) -> Series[bool]:  # noqa: N805
-        return frame["accepted"] <= frame["drafted"]
-
-
 def requests_frame(rows: Iterable[Mapping[str, Any]], where: str = "requests") -> pd.DataFrame:
     """Rows of `client.measure`, checked. The texts and a mock's own times stay out of the table."""
     columns = list(Requests.to_schema().columns)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from tasks.validate.acceptance import acceptance_frame, golden_gap
+from tasks.acceptance import acceptance_frame, golden_gap
 from tasks.validate.diagnosis import diagnose
 from tasks.validate.probe import DraftFit, ScaleError, _fit, nearby
 

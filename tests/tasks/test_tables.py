@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from specs.errors import IntegrityError
+from tasks.acceptance import Acceptance, acceptance_frame, acceptance_metrics
 from tasks.tables import check, write
-from tasks.validate.acceptance import acceptance_frame, acceptance_metrics
-from tasks.validate.tables import Acceptance, Problems, Requests, requests_frame
+from tasks.validate.tables import Problems, Requests, requests_frame
 
 
 def row(**changes: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -12,28 +13,40 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from engine_plugins.native.reference import ReferenceModel
 from specs.errors import InputError, IntegrityError
+from tasks import quantize
+from tasks.acceptance import acceptance_frame, acceptance_metrics
 from tasks.job import Job, Progress
 from tasks.prompts import template_sha256
-from tasks.train_draft import acceptance, build, data, features, head, trainer
+from tasks.train_draft import acceptance, build, data, detectors, features, head, trainer
 from tasks.train_draft.unroll import Batch, RmsNorm, SoftCrossEntropy, Unroller
-from tests.tasks.random_checkpoints import DOMAINS, write_checkpoint
+from tests.tasks.random_checkpoints import DOMAINS, write_checkpoint, write_prompts
 
-TRAINING = {"epochs": 1, "learning_rate": 1e-3, "batch_size": 4, "ttt_steps": 3, "max_seconds": None, "seed": 3,
-            "sequence_length": 64}  # fmt: skip
+TRAINING = {"epochs": 1, "hidden_states_gib": 1.0, "learning_rate": 1e-3, "batch_size": 4, "ttt_steps": 3, "seed": 3,
+            "max_seconds": None, "sequence_length": 64}  # fmt: skip
+PER_DOMAIN = 6
 
 
-def write_answers(path: Path, source: Path, per_domain: int = 6, template: str = "") -> Path:
-    path.mkdir()
+@cache
+def answered(source: Path) -> list[dict[str, object]]:
+    """Prompts of random tokens and the target's own greedy answers, as synthesize records them."""
     rng = random.Random(0)
-    rows = []
-    for i in range(per_domain):
-        for domain in DOMAINS:
-            prompt = [0, *(rng.randrange(6, 90) for _ in range(rng.randrange(5, 12))), 2]
-            answer = [*(rng.randrange(6, 90) for _ in range(rng.randrange(4, 14))), 3]
-            rows.append(
-                {"id": f"{domain}-{i}", "domain": domain, "prompt_token_ids": prompt, "answer_token_ids": answer}
-            )
+    target = ReferenceModel.from_checkpoint(source)
+    rows: list[dict[str, object]] = []
+    for i in range(PER_DOMAIN * len(DOMAINS)):
+        prompt = [0, *(rng.randrange(6, 90) for _ in range(rng.randrange(5, 12))), 2]
+        answer: list[int] = []
+        for _ in range(rng.randrange(5, 15)):
+            answer.append(int(target.logits([*prompt, *answer])[-1].argmax()))
+        domain = DOMAINS[i % len(DOMAINS)]
+        rows.append({"id": f"{domain}-{i}", "domain": domain, "prompt_token_ids": prompt, "answer_token_ids": answer})
+    return rows
+
+
+def write_answers(path: Path, source: Path, template: str = "") -> Path:
+    path.mkdir()
+    rows = answered(source)
     (path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "summary.json").write_text(json.dumps({"chat_template_sha256": template or template_sha256(source)}))
     return path
@@ -49,10 +62,12 @@ def answers(tmp_path: Path, source: Path) -> Path:
     return write_answers(tmp_path / "answers", source)
 
 
-def make_job(source: Path, answers: Path, out: Path, **draft: object) -> Job:
+def make_job(source: Path, answers: Path, out: Path, more: dict[str, Path] | None = None, **draft: object) -> Job:
     out.mkdir(parents=True, exist_ok=True)
-    spec = {"method": "eagle3", "capture_layers": [0, 1, 2], "training": TRAINING, "data": {}, **draft}
-    return Job("train_draft", {"name": "t", "draft": spec}, out, {"download": source, "synthesize": answers}, out)
+    inputs = {"download": source, "quantize": source, "synthesize": answers, **(more or {})}
+    spec = {"method": "eagle3", "capture_layers": [0, 1, 2], "vocab_size": None, "target": "source",
+            "training": TRAINING, "data": {}, **draft}  # fmt: skip
+    return Job("train_draft", {"name": "t", "draft": spec}, out, inputs, out)
 
 
 def make_model(source: Path, steps: int = 3) -> tuple[object, features.Capture]:
@@ -68,7 +83,7 @@ def make_model(source: Path, steps: int = 3) -> tuple[object, features.Capture]:
 def make_trainer(source: Path, answers: Path, scratch: Path, **spec: object) -> trainer.Trainer:
     model, capture = make_model(source)
     scratch.mkdir(parents=True, exist_ok=True)
-    store = features.FeatureStore(capture, scratch / "features")
+    store = features.FeatureStore(capture, scratch / "features", 1.0)
     sequences = data.read_answers(answers / "answers.jsonl", 64)
     return trainer.Trainer(model, store, sequences, {**TRAINING, **spec}, scratch, checkpoint_seconds=0.0)
 
@@ -104,7 +119,7 @@ def test_unroller_equals_modelopts_training_forward(source: Path, answers: Path)
 
 def test_a_sequence_is_the_same_alone_and_padded(source: Path, answers: Path) -> None:
     model, capture = make_model(source)
-    store = features.FeatureStore(capture, answers / "features")
+    store = features.FeatureStore(capture, answers / "features", 1.0)
     sequences = data.read_answers(answers / "answers.jsonl", 64)[:5]
     unroller, embedding = Unroller(model.eagle_module, 3), model.model.embed_tokens.weight
     together = unroller.logits(trainer.assemble(sequences, store.compute(sequences), embedding))
@@ -208,31 +223,32 @@ def test_a_broken_answer_is_named(tmp_path: Path) -> None:
 # ---- acceptance
 
 
-def test_replay_counts_cycles_by_hand() -> None:
-    """Five tokens after the first: all three drafts taken, then one token left."""
+def test_replay_leaves_out_the_chain_that_the_answers_end_cuts() -> None:
+    """Five tokens after the first: all three drafts and the target's own, then one token that tells nothing."""
     right = [[True] * 5, [True] * 4, [True] * 3]
-    metrics = acceptance.replay([("code", right)], 3)
-    assert metrics["acceptance.length"] == 5 / 2
+    assert acceptance.replay(right, 3) == {"cycles": 1, "accepted_by_position": [1, 1, 1]}
 
 
 def test_replay_stops_at_the_first_wrong_draft() -> None:
-    right = [[True, False, False, False], [False, False, False], [True, True]]
-    metrics = acceptance.replay([("math", right)], 3)
-    assert metrics["acceptance.length"] == 4 / 3  # cycles at rows 0, 2, 3
-    assert metrics["acceptance.position.1"] == 1 / 3
+    right = [[True, False, False, False, False, False], [False] * 5, [True] * 4]
+    counts = acceptance.replay(right, 3)
+    assert counts == {"cycles": 3, "accepted_by_position": [1, 0, 0]}  # at rows 0, 2, 3
+    metrics = acceptance_metrics(acceptance_frame([("math", counts)], 3))
+    assert metrics["acceptance.length"] == metrics["acceptance.length.math"] == 4 / 3
+    assert metrics["acceptance.position.1.math"] == 1 / 3
     assert metrics["acceptance.position.2"] == 0
 
 
-def test_a_perfect_head_reaches_the_limit_and_a_useless_one_does_not() -> None:
-    perfect = [[True] * (40 - s) for s in range(3)]
-    assert acceptance.replay([("code", perfect)], 3)["acceptance.length"] == 4.0
-    assert acceptance.replay([("code", [[False] * (40 - s) for s in range(3)])], 3)["acceptance.length"] == 1.0
+@pytest.mark.parametrize(("right", "length"), [(True, 4.0), (False, 1.0)])
+def test_a_perfect_head_reaches_the_limit_and_a_useless_one_does_not(right: bool, length: float) -> None:
+    counts = acceptance.replay([[right] * (40 - s) for s in range(3)], 3)
+    assert acceptance_metrics(acceptance_frame([("code", counts)], 3))["acceptance.length"] == length
 
 
 # ---- the stage
 
 
-@pytest.mark.parametrize("vocab_size", [None, 128])
+@pytest.mark.parametrize("vocab_size", [None, 250])
 def test_stage_exports_what_the_engine_computes(
     source: Path, answers: Path, tmp_path: Path, vocab_size: int | None
 ) -> None:
@@ -245,6 +261,9 @@ def test_stage_exports_what_the_engine_computes(
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
     assert metrics["train_draft.engine_difference"] < 0.002
     assert 1.0 <= metrics["acceptance.length"] <= 4.0
+    assert metrics["train_draft.target_agreement"] == 1.0
+    table = pd.read_parquet(tmp_path / "out" / "acceptance.parquet")
+    assert set(table["domain"]) == {"all", *DOMAINS}
     assert list(pd.read_parquet(tmp_path / "out" / "curve.parquet").columns) == [
         "step",
         "loss",
@@ -258,4 +277,84 @@ def test_answers_through_another_template_are_refused(source: Path, tmp_path: Pa
     answers = write_answers(tmp_path / "answers", source, template="0" * 64)
     with pytest.raises(IntegrityError, match="template"):
         build(make_job(source, answers, tmp_path / "out"), Progress())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_answers_of_another_checkpoint_are_refused(source: Path, answers: Path, tmp_path: Path) -> None:
+    """The wrong backbone: the same shapes, template and tokens, other weights."""
+    other = write_checkpoint(tmp_path / "other", seed=1)
+    with pytest.raises(IntegrityError, match="would have said"):
+        build(make_job(other, answers, tmp_path / "out"), Progress())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_vocabulary_that_cannot_say_the_answers_is_refused(source: Path, answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match="draft vocabulary of 2"):
+        build(make_job(source, answers, tmp_path / "out", vocab_size=2), Progress())
+
+
+# ---- the target
+
+
+def write_quantized(source: Path, out: Path) -> Path:
+    """The source through the quantize stage."""
+    out.mkdir()
+    write_prompts(out.parent / "prompts.jsonl")
+    calibration = {"dataset": "file:prompts.jsonl", "samples": 32, "sequence_length": 64}
+    spec = {"recipe": "general/ptq/fp8_default-kv_fp8", "calibration": calibration}
+    quantize.build(Job("quantize", {"name": "t", "quantize": spec}, out.parent, {"download": source}, out), Progress())
+    return out
+
+
+def test_hidden_states_of_the_quantized_target(source: Path, answers: Path, tmp_path: Path) -> None:
+    """FP8 moves the hidden states, within the detector's tolerance; the engine computes from them what we do."""
+    quantized = write_quantized(source, tmp_path / "fp8")
+    ids = torch.tensor([data.read_answers(answers / "answers.jsonl", 64)[0].token_ids])
+    served, last = features.ServedCapture(quantized, [0, 1, 2]).run(ids)
+    plain, plain_last = make_model(source)[1].run(ids)
+    assert served.shape == plain.shape and last.shape == plain_last.shape
+    assert 1e-3 < float((served - plain).norm() / plain.norm()) < detectors.SERVED_TOLERANCE
+    said = write_answers(tmp_path / "said", quantized)
+    job = make_job(source, said, tmp_path / "out", {"quantize": quantized}, target="quantized")
+    metrics = build(job, Progress())
+    assert metrics["train_draft.engine_difference"] < 0.002
+
+
+# ---- an earlier head
+
+
+@pytest.fixture
+def earlier(source: Path, answers: Path, tmp_path: Path) -> Path:
+    build(make_job(source, answers, tmp_path / "earlier", vocab_size=250), Progress())
+    return tmp_path / "earlier"
+
+
+def test_a_warm_start_goes_on_where_the_earlier_head_ended(
+    source: Path, answers: Path, tmp_path: Path, earlier: Path
+) -> None:
+    """Trained on at a rate too small to matter, it is the same head."""
+    training = {**TRAINING, "learning_rate": 1e-12, "seed": 4}
+    job = make_job(source, answers, tmp_path / "out", {"start": earlier}, vocab_size=250, training=training)
+    metrics = build(job, Progress())
+    before, after = (load_file(folder / "model.safetensors") for folder in (earlier, tmp_path / "out"))
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, msg=name)
+    table = pd.read_parquet(earlier / "acceptance.parquet")
+    assert metrics["acceptance.length"] == pytest.approx(float(table[table["domain"] == "all"]["length"].iloc[0]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"capture_layers": [0, 1, 3]}, "sees layers"),
+        ({"ffn_multiplier": 1.5}, "another shape"),
+        ({"vocab_size": 240}, "another shape"),
+    ],
+)
+def test_an_earlier_head_of_another_shape_is_refused(
+    source: Path, answers: Path, tmp_path: Path, earlier: Path, changed: dict, message: str
+) -> None:
+    job = make_job(source, answers, tmp_path / "out", {"start": earlier}, **{"vocab_size": 250, **changed})
+    with pytest.raises(InputError, match=message):
+        build(job, Progress())
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -82,6 +82,26 @@ def test_d2t_that_is_no_bijection(targets: list[int], message: str) -> None:
         detectors.check_vocabulary(torch.tensor(targets) - torch.arange(3), 16)
 
 
+def test_another_backbone() -> None:
+    answers = torch.arange(100)
+    assert detectors.check_backbone(answers.where(answers > 4, -1), answers) == pytest.approx(0.95)
+    with pytest.raises(IntegrityError, match="would have said 85.0%"):
+        detectors.check_backbone(answers.where(answers > 14, -1), answers)
+
+
+def test_a_vocabulary_that_leaves_too_much_unsaid() -> None:
+    detectors.check_coverage(0.98, 32)
+    with pytest.raises(IntegrityError, match="94.0%"):
+        detectors.check_coverage(0.94, 32)
+
+
+def test_served_hidden_states_are_near_the_sources_and_not_those_of_the_next_layer() -> None:
+    noisy = features([1, 3, 4]) * 1.1
+    detectors.check_features(noisy, STATES, [1, 3, 4], detectors.SERVED_TOLERANCE)
+    with pytest.raises(IntegrityError, match="layer 1"):
+        detectors.check_features(features([0, 2, 3]), STATES, [1, 3, 4], 0.1)
+
+
 def test_engine_that_normalises_twice() -> None:
     """The fault modelopt 0.47 has: the head's logits move by more than the tolerance."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Acceptance by domain and position, from each request's own usage (never from server-wide totals).
+"""Acceptance by domain and position: of a head on held-back answers, of a server by each request's own usage.
 
 A cycle drafts k tokens and yields 1 + (accepted drafts). With a_i cycles that accepted position i (1-based):
   length        1 + sum(a_i) / cycles                tokens per cycle
@@ -20,11 +20,32 @@ from statistics import NormalDist
 from typing import Any
 
 import pandas as pd
+import pandera.pandas as pa
+from pandera.typing import Series
 
 from tasks.tables import check
-from tasks.validate.tables import Acceptance
 
 ALL = "all"
+
+
+class Acceptance(pa.DataFrameModel):
+    """Per domain (and `all`): tokens per cycle, and how often draft position `position` was accepted once drafted."""
+
+    domain: Series[str] = pa.Field(str_length={"min_value": 1})
+    position: Series[int] = pa.Field(ge=1)
+    cycles: Series[int] = pa.Field(ge=0)
+    drafted: Series[int] = pa.Field(ge=0)
+    accepted: Series[int] = pa.Field(ge=0)
+    rate: Series[float] = pa.Field(ge=0, le=1, nullable=True)
+    length: Series[float] = pa.Field(ge=1, nullable=True)
+
+    class Config:
+        strict = True
+        unique = ["domain", "position"]
+
+    @pa.dataframe_check(error="no more accepted than drafted")
+    def accepted_within_drafted(cls, frame: pd.DataFrame) -> Series[bool]:  # noqa: N805
+        return frame["accepted"] <= frame["drafted"]
 
 
 def acceptance_frame(usages: Iterable[tuple[str, Mapping[str, Any]]], draft_tokens: int) -> pd.DataFrame:
