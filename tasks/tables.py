@@ -30,7 +30,9 @@ def check(frame: pd.DataFrame, schema: Any, where: str = "") -> pd.DataFrame:
         first = cases.iloc[0]
         row = "" if pd.isna(first["index"]) else f" row {int(first['index'])}"
         column = first["column"] if first["schema_context"] == "Column" else "(row)"
-        broke = f"column {column} value {first['failure_case']!r} breaks {first['check']}"
+        value = first["failure_case"]
+        value = value.item() if hasattr(value, "item") else value  # numpy's repr is not what was measured
+        broke = f"column {column} value {value!r} breaks {first['check']}"
         name = (getattr(schema, "__name__", None) or schema.name or "").lower()
         raise IntegrityError(
             f"table {name}:{row} {broke} ({len(cases)} in all)", where, "the measurement is not usable; see the log"

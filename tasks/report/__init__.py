@@ -1,4 +1,4 @@
-"""The report of a build: index.html, report.md and report.json, drawn from what the earlier stages left.
+"""The report of a build: index.html, report.md, report.json and stages.parquet, from what earlier stages left.
 
 Refuses to judge and to fetch: verdicts are `validate`'s, and the page asks no server for anything.
 Run it: `kilotok run SPEC` (stage `report`); `python -m tasks.report REPORT_JSON OUT` draws a record again.
@@ -21,6 +21,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     from tasks.report.markdown import render as markdown
     from tasks.report.model_card import render as model_card
     from tasks.report.page import render as page
+    from tasks.report.table import write_stages
 
     progress(0, 3, "reading what the stages left")
     report = collect(job)
@@ -30,6 +31,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     (job.out / "report.md").write_text(markdown(report), encoding="utf-8")
     (job.out / "README.md").write_text(model_card(report), encoding="utf-8")
     (job.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_stages(report["stages"], job.out / "stages.parquet")
     progress(3, 3, "drawn")
     return {"report.bytes": float(len(html.encode()))}
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from specs.errors import IntegrityError
 from tasks.job import Job, Progress
 from tasks.report import build
 from tasks.report.collect import collect
 from tasks.report.markdown import render as markdown
 from tasks.report.page import SECTIONS, render
+from tasks.report.table import write_stages
 from tests.tasks.report_data import make_job
 
 HOSTILE = "</title><script>alert(1)</script><img src=http://x.test/a>\"'&|`x`"
@@ -47,6 +49,35 @@ class Tags(html.parser.HTMLParser):
 def empty_job(tmp_path: Path, **spec: object) -> Job:
     (tmp_path / "out").mkdir()
     return Job("report", {"name": "bare", **spec}, tmp_path, {}, tmp_path / "out")
+
+
+def test_the_stages_are_a_checked_table_too(job: Job, page: str) -> None:
+    import pandas as pd
+
+    frame = pd.read_parquet(job.out / "stages.parquet")
+    assert len(frame) == len(collect(job)["stages"]) > 0
+    with pytest.raises(IntegrityError, match="row 0 column seconds value -1.0"):
+        write_stages([{**frame.iloc[0].to_dict(), "seconds": -1.0}], job.out / "bad.parquet")
+
+
+def test_a_likely_cause_is_on_top_and_in_the_text(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    path = job.inputs["validate"] / "verdict.json"
+    cause = {"cause": "the draft belongs to another checkpoint", "evidence": "cosine <0.02>", "fix": "train it"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "causes": [cause]}))
+    report = collect(job)
+    drawn = render(report)
+    assert drawn.index("another checkpoint") < drawn.index('id="gates"')
+    assert "Cosine &lt;0.02&gt;." in drawn
+    assert "**Likely cause:** the draft belongs to another checkpoint." in markdown(report)
+
+
+def test_an_old_record_without_the_newer_sections_is_still_drawn(job: Job) -> None:
+    report = collect(job)
+    for name in ("causes", "loads", "engine_alone", "grounds"):
+        del report[name]
+    assert "<h1>" in render(report)
+    assert "# " in markdown(report)
 
 
 def test_no_attribute_points_to_a_server(page: str) -> None:

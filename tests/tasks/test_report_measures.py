@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tasks.report import measures, quality
+from tasks.report import measures, quality, trust
 
 
 def test_a_waterfall_by_parts_keeps_the_engines_order_within_groups() -> None:
@@ -157,3 +157,31 @@ def test_the_worst_tensor_of_each_layer_and_kind_is_kept() -> None:
 )
 def test_layers_are_read_from_names(name: str, layer: int | None) -> None:
     assert quality.layer_of(name) == layer
+
+
+# -- what the figures rest on
+def test_every_load_has_a_row_in_a_sensible_order() -> None:
+    metrics = {
+        "latency.tps_per_user.p50": 300.0,
+        "latency.parallel_64.tps_server": 900.0,
+        "latency.parallel_10.tps_server": 800.0,
+        "latency.parallel_10.tps_per_user.p50": 90.0,
+        "latency.open_loop_2_5.tps_server": 100.0,
+        "latency.open_loop_2_5.ttft_intended_ms.p90": 44.0,
+    }
+    rows = trust.loads(metrics)
+    assert [row["load"] for row in rows] == ["one user", "10 users", "64 users", "2.5 arrivals/s, open loop"]
+    assert (rows[1]["tps_user"], rows[2]["tps_user"], rows[3]["wait_ms"]) == (90.0, None, 44.0)
+    assert trust.loads({}) == []
+
+
+def test_the_engine_alone_is_shown_whole_or_not_at_all() -> None:
+    whole = {"forced.tps_per_user.p50": 500.0, "forced.acceptance_length": 3.0, "forced.cycle_us": 5900.0}
+    assert trust.engine_alone(whole) == {"tps": 500.0, "length": 3.0, "cycle_us": 5900.0}
+    assert trust.engine_alone({**whole, "forced.cycle_us": float("nan")}) is None
+
+
+def test_grounds_name_what_was_irregular() -> None:
+    said = trust.grounds({"client.error_percent": 0.31}, {"findings": {"served": {"usage_mismatch": 2}, "source": {}}})
+    assert said[0] == "Before the run the client timed a server of known speed to within 0.310 %."
+    assert said[1] == "Irregular replies of the served model: usage mismatch in 2 requests."
