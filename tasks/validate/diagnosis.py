@@ -2,8 +2,8 @@
 
   weights   a tensor's scale against the source's: named down to the expert
   draft     the head, teacher-forced: is its output layer not this target's (it belongs to another checkpoint), does it
-            fit other layers better (capture is shifted), or its own while the engine accepts little (the engine's draft
-            path, or the template)
+            clearly fit other layers better (capture is shifted), or its own while the engine accepts little (the
+            engine's draft path, or the template)
   speed     against the last good build: tokens per cycle (the draft), the cycle, also at forced acceptance (the
             engine), or what lies outside
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tasks.validate.judge import SCALE_LIMIT_PERCENT
+from tasks.validate.judge import CAPTURE_LIMIT_NATS, SCALE_LIMIT_PERCENT
 from tasks.validate.probe import DraftFit, ScaleError
 
 Metrics = Mapping[str, float]
@@ -77,7 +77,7 @@ def _draft(metrics: Metrics, fit: DraftFit) -> list[Cause]:
                 "train the draft on this target, or serve the target it was made for",
             )
         ]
-    if fit.gain_nats > 0:
+    if fit.gain_nats > CAPTURE_LIMIT_NATS:
         return [
             Cause(
                 f"the draft is fed the wrong layers: it captures {list(fit.layers)}, it was trained on layers near "

@@ -22,6 +22,7 @@ from tasks.validate.selftest import ERROR_LIMIT_PERCENT
 from tasks.validate.statistics import PairedResult
 
 USAGE_LIMIT_PERCENT = 2.0
+CAPTURE_LIMIT_NATS = 0.1  # healthy heads fit a layer nearby better by up to 0.014, one capture early costs 0.28
 SCALE_LIMIT_PERCENT = 10.0  # FP8 moves a tensor's least-squares scale by well under 1%
 
 
@@ -85,7 +86,7 @@ def own_gates(settings: Mapping[str, Any], evidence: Evidence) -> list[dict[str,
         if task != ALL_TASKS and result.source < margin
     ]
     if "draft.capture_gain_nats" in evidence.metrics:
-        gates.append({"metric": "draft.capture_gain_nats", "at_most": 0})
+        gates.append({"metric": "draft.capture_gain_nats", "at_most": CAPTURE_LIMIT_NATS})
     if evidence.golden:
         gates.append({"metric": "acceptance.golden_gap", "at_most": settings["acceptance"]["tolerance"]})
     return gates

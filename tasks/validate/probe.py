@@ -3,8 +3,8 @@
   scale_errors   served over source, least squares, per tensor and per expert, on a sample of rows. FP8 leaves it
                  within a percent of 1; a scale that was lost, doubled or swapped does not
   draft_fit      the head on the served answers, teacher-forced through the reference model, with the layers it captures
-                 and with others nearby. A head fits the layers it was trained on, position by position; that others fit
-                 better beyond noise has one reason. And how much its output layer resembles the target's, from which
+                 and with others nearby, position by position: a head fits the layers it was trained on, or those right
+                 beside them. And how much its output layer resembles the target's, from which
                  it once started
 
 It refuses to judge: `judge.py` and `diagnosis.py` do. The draft's fit needs a native bundle.

@@ -101,20 +101,19 @@ def test_one_experts_scale_off_by_two(pipeline: Pipeline) -> None:
     assert record["causes"][0]["cause"] == f"the scale of {EXPERTS}, expert 2 is wrong by a factor of 2.00"
 
 
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_capture_layers_shifted_by_one(pipeline: Pipeline, shift: int) -> None:
-    """One layer early is transformers' numbering taken for ours. One layer late hardly moves the acceptance of a model
-    this small, and is found all the same."""
-    draft = pipeline.copy(pipeline.draft, f"shifted{shift}")
+def test_capture_layers_one_early(pipeline: Pipeline) -> None:
+    """Transformers' numbering of hidden states taken for ours. One layer late is harmless in a model this small and is
+    not found: infra/log/2026-11-25-a-capture-one-layer-late.md."""
+    draft = pipeline.copy(pipeline.draft, "shifted")
     config = json.loads((draft / "config.json").read_text())
     layers = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [layer + shift for layer in layers]
+    config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = [layer - 1 for layer in layers]
     (draft / "config.json").write_text(json.dumps(config))
-    record = pipeline.validate(f"layers{shift}", draft=draft)
+    record = pipeline.validate("layers", draft=draft)
     assert record["verdict"] == "FAIL"
     assert "draft.capture_gain_nats" in failed(record)
     (cause,) = record["causes"]
-    assert cause["cause"].startswith(f"the draft is fed the wrong layers: it captures {[n + shift for n in layers]}")
+    assert cause["cause"].startswith(f"the draft is fed the wrong layers: it captures {[n - 1 for n in layers]}")
     assert str(layers) in cause["evidence"]
 
 
