@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
 from pathlib import Path
 
 from engine_plugins import ops
-from specs.errors import StageFailed
+from engine_plugins.compiler import COMMON_FLAGS, find_compiler, run
 
 LIBRARY = "libkilotok.so"
 SOURCES = Path(__file__).resolve().parent / "cpp"
@@ -36,7 +35,6 @@ OPS = (
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vbmi")}
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-Wall")
 _compiled: dict[str, bytes] = {}
 
 
@@ -53,11 +51,6 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def find_compiler() -> str | None:
-    """g++, else clang++, else None."""
-    return shutil.which("g++") or shutil.which("clang++")
-
-
 def cpu_supported() -> bool:
     """True when this CPU has what the AVX2 path needs."""
     try:
@@ -66,18 +59,6 @@ def cpu_supported() -> bool:
         return True  # not Linux: let the library's own check speak
     line = next((x for x in flags.splitlines() if x.startswith("flags")), "")
     return {"avx2", "fma", "f16c"} <= set(line.split())
-
-
-def _run(commands: list[list[str]]) -> None:
-    children = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    for command, child in zip(commands, children, strict=False):
-        output, _ = child.communicate()
-        if child.returncode:
-            raise StageFailed(
-                f"the C++ step does not compile:\n{output[-2000:]}",
-                " ".join(command[:1] + command[-3:]),
-                "check the compiler's version (g++ >= 9 is known to work)",
-            )
 
 
 def compile_library(out: Path) -> Path | None:
@@ -96,27 +77,17 @@ def compile_library(out: Path) -> Path | None:
         units = [(SOURCES / "step.cpp", isa, (*flags, f"-DKILOTOK_ISA={isa}")) for isa, flags in ISA_FLAGS.items()]
         units.append((SOURCES / "api.cpp", "api", ("-mno-avx",)))
         objects = [os.path.join(scratch, f"{name}.o") for _, name, _ in units]
-        _run(
+        run(
             [
                 [compiler, *COMMON_FLAGS, *flags, f"-I{SOURCES}", f"-I{OPS_DIR}", "-c", str(source), "-o", target]
                 for (source, _, flags), target in zip(units, objects, strict=False)
             ]
         )
         linked = os.path.join(scratch, LIBRARY)
-        _run([[compiler, "-shared", "-o", linked, *objects, "-lpthread"]])
+        run([[compiler, "-shared", "-o", linked, *objects, "-lpthread"]])
         shutil.copyfile(linked, out / LIBRARY)
         _compiled[digest] = Path(linked).read_bytes()
     return out / LIBRARY
-
-
-def compile_source(source: Path, out: Path) -> Path | None:
-    """One C++ file as a library for this machine's own CPU, in the directory `out`; None when there is no compiler."""
-    compiler = find_compiler()
-    if compiler is None:
-        return None
-    target = out / source.with_suffix(".so").name
-    _run([[compiler, *COMMON_FLAGS, "-march=native", "-fopenmp-simd", "-shared", str(source), "-o", str(target)]])
-    return target
 
 
 def main() -> None:

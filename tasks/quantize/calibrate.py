@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from modelopt.recipe import load_recipe
 from safetensors.torch import load_file, save_file
 
 from specs.errors import InputError
-from tasks.edges.service import available_bytes
 from tasks.job import Progress
 from tasks.quantize import coverage, rounding
 
@@ -72,7 +72,7 @@ def load_model(source: Path, config: Mapping[str, Any], offload: Path, free_byte
 
 def _placement(source: Path, offload: Path, free_bytes: int | None) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    free = free_bytes or available_bytes()
+    free = free_bytes or psutil.virtual_memory().available
     if not torch.cuda.is_available() and 3 * size < free:
         return {"dtype": torch.float32}
     placement: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": "auto", "offload_folder": offload}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine_plugins.native.compiler import compile_source
+from engine_plugins.compiler import compile_source
 
 E4M3_MAX = 448.0
 SOURCE_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
