@@ -29,7 +29,7 @@ sys.path.insert(0, sys.argv[1])
 from specs.errors import KilotokError
 from tests.tasks.toy import Toy
 toy = Toy(Path(sys.argv[1]), isolated=True)
-toy.tree["toy"]["act"] = sys.argv[2]
+toy.tree["toy"].update(act=sys.argv[2], text=sys.argv[3])
 try:
     receipt = toy.run()
     print(json.dumps({"state": receipt.state, "reason": receipt.reason, "digest": receipt.digest}))
@@ -39,8 +39,10 @@ except KilotokError as error:
 """
 
 
-def start(toy: Toy, act: str = "", preexec: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", RUN, str(toy.root), act]
+def start(
+    toy: Toy, act: str = "", preexec: Callable[[], None] | None = None, text: str = "hello"
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN, str(toy.root), act, text]
     return subprocess.Popen(command, cwd=CODE_ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=preexec)
 
 
@@ -96,6 +98,13 @@ def test_of_two_runs_one_builds_and_the_other_waits_and_uses_it(child_toy: Toy) 
     (child_toy.root / "go").touch()
     assert [result(first)["state"], result(second)["reason"]] == ["built", "built by another run"]
     assert child_toy.num_calls == 1
+
+
+def test_two_different_specs_are_built_side_by_side(child_toy: Toy) -> None:
+    runs = [start(child_toy, "wait", text=text) for text in ("one", "two")]
+    wait_for(lambda: child_toy.num_calls == 2, "both to be at work")
+    (child_toy.root / "go").touch()
+    assert [result(run)["state"] for run in runs] == ["built", "built"]
 
 
 def test_waiting_run_takes_over_from_a_killed_one(child_toy: Toy) -> None:
