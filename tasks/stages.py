@@ -21,7 +21,7 @@ class Stage:
     name: str
     inputs: tuple[str, ...] = ()  # earlier stages whose artifact digests are part of the key
     uses: tuple[str, ...] = ()  # earlier stages it is given without being keyed by them (an endpoint's address)
-    told: tuple[str, ...] = ()  # spec paths it is given without being keyed by them (how a server is started)
+    told: tuple[str, ...] = ()  # spec paths it is given without being keyed by them (how to start, what is enough)
     starts_from: str = ""  # dotted spec path of an earlier artifact of its own that it goes on from
     reads: tuple[str, ...] = ()  # dotted spec paths: its slice
     packages: tuple[str, ...] = ()  # distributions whose version shapes the output
@@ -63,6 +63,7 @@ STAGES: tuple[Stage, ...] = (
         "train_draft",
         inputs=("download", "quantize", "synthesize"),
         starts_from="draft.training.warm_start",
+        told=("validate.acceptance",),
         reads=("draft",),
         packages=("nvidia-modelopt", *_TORCH),
         entry="tasks.train_draft:build",

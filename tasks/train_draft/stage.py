@@ -15,8 +15,8 @@ import pandas as pd
 import pandera.pandas as pa
 import torch
 
-from specs.errors import InputError
-from tasks.acceptance import acceptance_frame, acceptance_metrics
+from specs.errors import GateFailed, InputError
+from tasks.acceptance import acceptance_frame, acceptance_metrics, golden_gap
 from tasks.job import Job, Progress
 from tasks.prompts import template_sha256
 from tasks.tables import write
@@ -56,6 +56,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     metrics |= acceptance_metrics(frame)
     head.export(model, job.out)
     metrics["train_draft.engine_difference"] = compare_with_engine(model, store, held_back, target_of(job), job.out)
+    metrics |= check_golden(frame, job.spec["validate"]["acceptance"])
     write_curve(state.curve, job.out / "curve.parquet")
     metrics.update(
         {
@@ -195,6 +196,26 @@ def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequ
         right = [(tokens == batch.tokens_BR[0, step:]).tolist() for step, tokens in enumerate(said)]
         answers.append((sequence.domain, acceptance.replay(right, NUM_DRAFTS)))
     return acceptance_frame(answers, NUM_DRAFTS)
+
+
+def check_golden(frame: pd.DataFrame, settings: dict[str, Any]) -> dict[str, float]:
+    """How far the head is below the golden curve, of the domains it answered. Raises GateFailed beyond the tolerance.
+
+    Nothing is built from such a head; its training is kept, so that another tolerance costs no training.
+    """
+    golden = {domain: curve[:NUM_DRAFTS] for domain, curve in settings["golden"].items() if domain in set(frame.domain)}
+    if not golden:
+        return {}
+    gap, where = golden_gap(frame, golden)
+    if not gap <= settings["tolerance"]:
+        raise GateFailed(
+            f"the head never got to {where} of the golden curve"
+            if gap != gap
+            else f"the head is {gap:.3f} below the golden curve at {where}, {settings['tolerance']:.3f} is tolerated",
+            "validate.acceptance.golden",
+            "train longer or on more answers; or correct the curve",
+        )
+    return {"train_draft.golden_gap": gap}
 
 
 def to_target(model: Any, tokens: torch.Tensor) -> torch.Tensor:

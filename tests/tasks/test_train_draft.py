@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine_plugins.native.reference import ReferenceModel
-from specs.errors import InputError, IntegrityError
+from specs.errors import GateFailed, InputError, IntegrityError
 from tasks import quantize
 from tasks.acceptance import acceptance_frame, acceptance_metrics
 from tasks.job import Job, Progress
@@ -62,12 +62,20 @@ def answers(tmp_path: Path, source: Path) -> Path:
     return write_answers(tmp_path / "answers", source)
 
 
-def make_job(source: Path, answers: Path, out: Path, more: dict[str, Path] | None = None, **draft: object) -> Job:
+def make_job(
+    source: Path,
+    answers: Path,
+    out: Path,
+    more: dict[str, Path] | None = None,
+    golden: dict[str, list[float]] | None = None,
+    **draft: object,
+) -> Job:
     out.mkdir(parents=True, exist_ok=True)
     inputs = {"download": source, "quantize": source, "synthesize": answers, **(more or {})}
     spec = {"method": "eagle3", "capture_layers": [0, 1, 2], "vocab_size": None, "target": "source",
             "training": TRAINING, "data": {}, **draft}  # fmt: skip
-    return Job("train_draft", {"name": "t", "draft": spec}, out, inputs, out)
+    held_to = {"acceptance": {"golden": golden or {}, "tolerance": 0.05}}
+    return Job("train_draft", {"name": "t", "draft": spec, "validate": held_to}, out, inputs, out)
 
 
 def make_model(source: Path, steps: int = 3) -> tuple[object, features.Capture]:
@@ -291,6 +299,21 @@ def test_answers_of_another_checkpoint_are_refused(source: Path, answers: Path, 
 def test_a_vocabulary_that_cannot_say_the_answers_is_refused(source: Path, answers: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="draft vocabulary of 2"):
         build(make_job(source, answers, tmp_path / "out", vocab_size=2), Progress())
+
+
+# ---- the golden curve
+
+
+def test_a_head_below_the_golden_curve_is_stopped_and_not_trained_again(
+    source: Path, answers: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(GateFailed, match="position 1 of all"):
+        build(make_job(source, answers, out, golden={"all": [1.0]}), Progress())
+    trained: list[str] = []
+    again = Progress(lambda done, total, note: trained.append(note) if "step" in note else None)
+    metrics = build(make_job(source, answers, out, golden={"all": [0.0], "unknown": [1.0]}), again)
+    assert metrics["train_draft.golden_gap"] < 0.05 and not trained
 
 
 # ---- the target

@@ -1,0 +1,252 @@
+"""Draft training on a CPU: tokens/s beside modelopt's own forward, acceptance beside speculators' loop, both targets.
+
+One machine, one target, one set of answers, one head. `prepare` writes features and an untrained head; `speculators`
+runs under an interpreter that has speculators; `modelopt`, `ours` and `targets` under kilotok's.
+Refuses to compare what started elsewhere: every loop begins with the head that `prepare` wrote.
+Run it: `python infra/bench_reports/draft_cpu.py PART WORK [SOURCE QUANTIZED ANSWERS] [--seconds N]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BATCH, STEPS, RATE = 8, 3, 2e-3  # the tiny spec's batch_size, ttt_steps and learning_rate
+SPEC = {"epochs": 1000, "learning_rate": RATE, "batch_size": BATCH, "ttt_steps": STEPS, "seed": 0}
+
+
+def prepare(work: Path, source: Path, answers: Path) -> None:
+    """The sequences' features (BF16, as our shards), an untrained head in both layouts, and its logits as a witness."""
+    from safetensors.torch import save_file
+
+    from tasks.train_draft import features, head, speculators, trainer
+    from tasks.train_draft.unroll import Unroller
+
+    model, capture, train, held = load(source, answers)
+    store = features.FeatureStore(capture, work / "features", 8.0)
+    rows = []
+    for sequence in train:
+        aux, last = capture.run(torch.tensor([sequence.token_ids]))
+        rows.append({"ids": torch.tensor(sequence.token_ids), "mask": torch.tensor(sequence.loss_mask),
+                     "aux": aux[0].bfloat16(), "last": last[0].bfloat16()})  # fmt: skip
+    torch.save(rows, work / "rows.pt")
+    head.round_to_bf16(model)
+    (work / "start").mkdir(exist_ok=True)
+    head.export(model, work / "start")
+    speculators.export(work / "start", source, work / "speculators")
+    save_file({"lm_head": model.lm_head.weight.detach().clone()}, work / "target.safetensors")
+    sequence = held[0]
+    batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
+    with torch.no_grad():
+        logits = Unroller(model.eagle_module, STEPS).logits(batch)
+    aux, last = capture.run(torch.tensor([sequence.token_ids]))
+    witness = {"ids": sequence.token_ids, "start": sequence.prompt_tokens, "aux": aux, "logits": logits}
+    torch.save(witness, work / "witness.pt")
+    print(json.dumps({"sequences": len(train), "tokens": sum(len(s.token_ids) for s in train)}))
+
+
+def load(source: Path, answers: Path) -> tuple[Any, Any, list[Any], list[Any]]:
+    """(converted model, capture, training sequences, held-back ones)."""
+    from tasks.job import Job
+    from tasks.train_draft import data, stage
+
+    draft = {"target": "source", "capture_layers": None, "vocab_size": None, "training": SPEC}
+    train, held = data.split(data.read_answers(answers / "answers.jsonl", 256))
+    torch.manual_seed(0)
+    job = Job("train_draft", {"name": "bench", "draft": draft}, source, {"download": source}, source)
+    model, capture = stage.load(job, train)
+    return model, capture, train, held
+
+
+def ours(work: Path, source: Path, answers: Path, seconds: float) -> None:
+    """kilotok's trainer for `seconds`, the target's forward passes of the first epoch included."""
+    from tasks.job import Progress
+    from tasks.train_draft import features, stage, trainer
+
+    model, capture, train, held = load(source, answers)
+    scratch = work / f"ours-{int(time.time())}"
+    store = features.FeatureStore(capture, scratch / "features", 8.0)
+    run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
+    state = run.run(Progress())
+    report("ours", state.step, stage.trained_tokens(run, state.step), state.seconds, length(model, store, held))
+
+
+def modelopt(work: Path, source: Path, answers: Path, seconds: float) -> None:
+    """modelopt's own training forward in a bare AdamW loop (its example adds transformers' Trainer around it).
+
+    Given the dumped features, as its offline mode is. Padded first to the longest sequence, as its example does, then
+    to each batch's own, which costs it least.
+    """
+    from tasks.train_draft import data
+
+    model, capture, train, held = load(source, answers)
+    rows = torch.load(work / "rows.pt")
+    batches = data.make_batches(train, BATCH, 0)
+    parameters = list(model.eagle_module.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    for longest in (256, 0):
+        began, step, tokens = time.monotonic(), 0, 0
+        while (spent := time.monotonic() - began) < seconds / 2:
+            chosen = [rows[i] for i in batches[data.batch_at(step, len(batches), 0)]]
+            model._cached_attn_blk_masks.clear()  # it keeps those of the first batch's length
+            model(**padded(chosen, longest)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, tokens = step + 1, tokens + sum(len(row["ids"]) for row in chosen)
+        # Its head normalises twice: it has no acceptance as served.
+        report(f"modelopt, padded to {longest or 'the batch'}", step, tokens, spent, float("nan"))
+
+
+def padded(rows: list[dict[str, torch.Tensor]], longest: int) -> dict[str, Any]:
+    """The arguments of modelopt's forward; `longest` 0 pads to the batch's longest sequence only."""
+    longest = longest or max(len(row["ids"]) for row in rows)
+
+    def stack(name: str) -> torch.Tensor:
+        return torch.stack([torch.cat((r[name], r[name].new_zeros(longest - len(r[name]), *r[name].shape[1:])))
+                            for r in rows])  # fmt: skip
+
+    given = {"base_model_hidden_states": stack("last").float(), "aux_hidden_states": stack("aux").float()}
+    valid = torch.arange(longest) < torch.tensor([len(row["ids"]) for row in rows])[:, None]
+    mask = stack("mask")
+    return {"input_ids": stack("ids"), "attention_mask": valid.long(), "loss_mask": mask, "base_model_outputs": given}
+
+
+def targets(work: Path, source: Path, quantized: Path, answers: Path, seconds: float) -> None:
+    """One head from each target's hidden states, both judged on the quantized one's, as they are served."""
+    from tasks.job import Progress
+    from tasks.train_draft import features, trainer
+
+    for name in ("source", "quantized"):
+        model, capture, train, held = load(source, answers)
+        served = features.ServedCapture(quantized, capture.layers)
+        scratch = work / f"{name}-{int(time.time())}"
+        store = features.FeatureStore(capture if name == "source" else served, scratch / "features", 8.0)
+        run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
+        state = run.run(Progress())
+        judge = features.FeatureStore(served, scratch / "judge", 8.0)
+        report(name, state.step, 0, state.seconds, length(model, judge, held))
+
+
+def length(model: Any, store: Any, held: list[Any]) -> float:
+    """Acceptance length at three drafts of the head, rounded as it is served."""
+    from tasks.acceptance import acceptance_metrics
+    from tasks.train_draft import head, stage
+
+    head.round_to_bf16(model)
+    return acceptance_metrics(stage.evaluate(model, store, held))["acceptance.length"]
+
+
+def speculators_loop(work: Path, seconds: float) -> None:
+    """Load the export with speculators, compare logits, then train it: its forward, its loss, AdamW, packed batches."""
+    from speculators.losses import resolve_loss_config
+    from speculators.models.eagle3 import Eagle3DraftModel
+
+    model = Eagle3DraftModel.from_pretrained(work / "speculators", dtype=torch.float32, attn_implementation="eager")
+    model.config.transformer_layer_config._attn_implementation = "eager"
+    model._attn_impl = "eager"
+    from speculators.models.attention import create_float_mask
+
+    model._create_mask_fn = create_float_mask
+    print(json.dumps({"speculators_logits_differ_by": agrees(model, work)}))
+    from safetensors.torch import load_file, save_file
+
+    model.verifier_lm_head.weight.data.copy_(load_file(work / "target.safetensors")["lm_head"])
+    model.verifier_norm = torch.nn.Identity()  # the dumped hidden states are normed
+    model.lm_head.weight.requires_grad_(True)
+    losses = resolve_loss_config("kl_div", "eager")  # its fused ones need Triton
+    rows = torch.load(work / "rows.pt")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["ids"]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    began, step, tokens = time.monotonic(), 0, 0
+    while (spent := time.monotonic() - began) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, 0.05 + step / 30) * max(0.03, 1 - spent / seconds)
+        chosen = [rows[i] for i in batches[int(torch.randint(len(batches), (1,), generator=generator))]]
+        document = torch.cat([torch.full((len(r["ids"]) - 1,), i) for i, r in enumerate(chosen)])[None]
+        position = torch.cat([torch.arange(1, len(r["ids"])) for r in chosen])[None]
+        _, loss, _ = model(
+            hidden_states=torch.cat([r["aux"][:-1] for r in chosen])[None].float(),
+            input_ids=torch.cat([r["ids"][1:] for r in chosen])[None],
+            document_ids=document, position_ids=position,
+            loss_mask=torch.cat([r["mask"][:-1] for r in chosen])[None].bool(),
+            verifier_last_hidden_states=torch.cat([r["last"][1:] for r in chosen])[None].float(),
+            ttt_steps=STEPS, ttt_step_loss_decay=0.9, loss_config=losses,
+        )  # fmt: skip
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, tokens = step + 1, tokens + sum(len(r["ids"]) for r in chosen)
+    state = {n: p.detach().contiguous() for n, p in model.named_parameters() if not n.startswith(("verifier", "embed"))}
+    save_file(state, work / "theirs.safetensors")
+    report("speculators", step, tokens, spent, float("nan"))
+
+
+@torch.no_grad()
+def agrees(model: Any, work: Path) -> float:
+    """Relative difference of speculators' logits to ours on one held-back answer, worst of the chain's steps."""
+    witness = torch.load(work / "witness.pt")
+    seen: list[torch.Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output))
+    count, start = len(witness["ids"]) - 1, witness["start"]
+    model(hidden_states=witness["aux"][:, :-1], input_ids=torch.tensor([witness["ids"][1:]]),
+          document_ids=torch.zeros(1, count, dtype=torch.long), ttt_steps=STEPS)  # fmt: skip
+    model.lm_head._forward_hooks.clear()
+    worst = 0.0
+    for theirs, mine in zip(seen, witness["logits"], strict=True):
+        rows = theirs[0, start - 1 : start - 1 + mine.shape[1]]
+        worst = max(worst, float((rows - mine[0]).norm() / mine[0].norm()))
+    return worst
+
+
+def judge(work: Path, source: Path, answers: Path) -> None:
+    """Acceptance of the head that speculators trained."""
+    from safetensors.torch import load_file
+
+    from tasks.train_draft import features
+
+    model, capture, _, held = load(source, answers)
+    theirs = load_file(work / "theirs.safetensors")
+    for name, parameter in model.eagle_module.named_parameters():
+        parameter.data.copy_(theirs[name])
+    store = features.FeatureStore(capture, work / "judge", 8.0)
+    report("speculators' head", 0, 0, 0.0, length(model, store, held))
+
+
+def report(name: str, step: int, tokens: float, seconds: float, acceptance: float) -> None:
+    rate = tokens / seconds if seconds else 0.0
+    row = {"loop": name, "steps": step, "seconds": round(seconds, 1), "tokens_per_s": round(rate)}
+    print(json.dumps(row | {"acceptance_length": round(acceptance, 3)}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("prepare", "ours", "modelopt", "targets", "speculators", "judge"))
+    parser.add_argument("work", type=Path)
+    parser.add_argument("artifacts", type=Path, nargs="*", help="SOURCE QUANTIZED ANSWERS")
+    parser.add_argument("--seconds", type=float, default=60.0)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    if given.part == "speculators":
+        return speculators_loop(given.work, given.seconds)
+    source, quantized, answers = given.artifacts
+    if given.part == "targets":
+        return targets(given.work, source, quantized, answers, given.seconds)
+    if given.part in ("prepare", "judge"):
+        return {"prepare": prepare, "judge": judge}[given.part](given.work, source, answers)
+    return {"ours": ours, "modelopt": modelopt}[given.part](given.work, source, answers, given.seconds)
+
+
+if __name__ == "__main__":
+    main()
