@@ -68,4 +68,4 @@ def describe(config: dict[str, Any], verifier: str, target: dict[str, Any]) -> d
 
 
 if __name__ == "__main__":
-    export(*map(Path, sys.argv[1:4]))
+    export(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
