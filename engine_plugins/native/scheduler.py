@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 from collections import Counter
 from typing import Any, Protocol
 
 log = logging.getLogger("kilotok.scheduler")
+# Nice levels that the threads of a step stand behind whoever carries their tokens away. Side by side on two cores, the event
+# loop waited for milliseconds: of 64 short answers 23 to 49 reached the client in one piece, with this 0 to 2, no slower.
+YIELDS = 10
 MAX_FAILED_STEPS = 3  # in a row; then the engine is called broken and /health says so
 
 
@@ -122,6 +126,8 @@ class Scheduler:
 
     def run(self) -> None:
         """Step while there is work, sleep on the queue while there is none."""
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + YIELDS)
         failed_steps = 0
         while True:
             try:

@@ -9,6 +9,7 @@
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -71,6 +72,8 @@ static void sleep_until_woken(Pool* p, int self) {
 
 static void worker(Pool* p, int self) {
   prctl(PR_SET_NAME, "kilotok-step");
+  int self_tid = static_cast<int>(syscall(SYS_gettid));
+  setpriority(PRIO_PROCESS, self_tid, getpriority(PRIO_PROCESS, self_tid) + 10);  // see YIELDS in scheduler.py
   int idle = 0;
   while (!p->stop.load(std::memory_order_relaxed)) {
     if (claim_any(p, self)) {
