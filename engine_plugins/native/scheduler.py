@@ -20,8 +20,8 @@ from collections import Counter
 from typing import Any, Protocol
 
 log = logging.getLogger("kilotok.scheduler")
-# Nice levels that the threads of a step stand behind whoever carries their tokens away. Side by side on two cores, the event
-# loop waited for milliseconds: of 64 short answers 23 to 49 reached the client in one piece, with this 0 to 2, no slower.
+# Nice levels that the threads of a step stand behind whoever carries their tokens away. Side by side on two cores the
+# event loop waited for milliseconds: of 64 short answers 23 to 49 came in one piece, with this 0 to 2, and no slower.
 YIELDS = 10
 MAX_FAILED_STEPS = 3  # in a row; then the engine is called broken and /health says so
 
