@@ -66,8 +66,8 @@ def acceptance_frame(usages: Iterable[tuple[str, Mapping[str, Any]]], draft_toke
             rate = number / reached if reached else float("nan")
             rows.append((domain, position, n, reached, number, rate, length))
     frame = pd.DataFrame(rows, columns=["domain", "position", "cycles", "drafted", "accepted", "rate", "length"])
-    counts = ("position", "cycles", "drafted", "accepted")  # of no rows too: an engine without a draft
-    frame = frame.astype({"domain": str, "rate": float, "length": float, **dict.fromkeys(counts, "int64")})
+    whole = ("position", "cycles", "drafted", "accepted")  # of no rows too: an engine without a draft
+    frame = frame.astype({"domain": str, "rate": float, "length": float, **dict.fromkeys(whole, "int64")})
     return check(frame, Acceptance, "acceptance.parquet")
 
 
