@@ -59,7 +59,7 @@ def collect(job: Job) -> dict[str, Any]:
         "latency": measures.latency(requests),
         "loads": trust.loads(metrics),
         "engine_alone": trust.engine_alone(metrics),
-        "grounds": trust.grounds(metrics, outcome),
+        "grounds": trust.grounds(metrics),
         "draft": _draft(files),
         "stages": lineage.stages(receipts),
         "prediction": _prediction(job, metrics, receipts),

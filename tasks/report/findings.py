@@ -109,7 +109,7 @@ def _accuracy(report: Report) -> str:
         good = [task for task in judged if str(task["verdict"]).upper() == "PASS"]
         text += f"; {len(good)} of {len(judged)} tasks are shown to stay within the margin"
         lacking = [
-            f"{task['task']} ({three(task['needed'])} more samples)" for task in judged if as_number(task.get("needed"))
+            f"{task['task']} ({task['needed']:,.0f} more samples)" for task in judged if as_number(task.get("needed"))
         ]
         text += f"; too few samples to tell for {listed(lacking)}" if lacking else ""
     return text + "."

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.report.words import as_number, count, figure, three
+from tasks.report.words import as_number, figure, three
 
 Metrics = Mapping[str, float]
 _LOAD = re.compile(r"latency\.(parallel|open_loop)_(\d+(?:_\d+)?)\.tps_server")
@@ -56,7 +56,7 @@ def engine_alone(metrics: Metrics) -> dict[str, float] | None:
     return known if len(known) == len(named) else None
 
 
-def grounds(metrics: Metrics, outcome: Mapping[str, Any]) -> list[str]:
+def grounds(metrics: Metrics) -> list[str]:
     """Sentences on how far the stopwatch can be trusted."""
     said = []
     if (error := as_number(metrics.get("client.error_percent"))) is not None:
@@ -68,10 +68,4 @@ def grounds(metrics: Metrics, outcome: Mapping[str, Any]) -> list[str]:
         said.append(f"Tokens are counted by the tokenizer; the server's own counts differ by {three(usage)} %.")
     if (scale := as_number(metrics.get("bundle.scale_error_percent"))) is not None:
         said.append(f"The scale of every served weight was compared with the source's: at most {three(scale)} % apart.")
-    for side, found in sorted((outcome.get("findings") or {}).items()):
-        named = [
-            f"{name.replace('_', ' ')} in {count(int(number), 'request')}" for name, number in sorted(found.items())
-        ]
-        if named and side != "witness":
-            said.append(f"Irregular replies of the {side} model: {', '.join(named)}.")
     return said

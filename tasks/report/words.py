@@ -46,6 +46,7 @@ _MEANINGS: tuple[tuple[str, Meaning], ...] = (
     (r"witness\.tps_per_user\.p50", Meaning("Speed for one user by the witness", "tokens/s", 1)),
     (r"witness\.tps_per_user\.difference", Meaning("Disagreement of the witness", "%", -1)),
     (r"acceptance\.golden_gap", Meaning("Furthest below the golden curve", "points", -1)),
+    (r"draft\.capture_gain_nats", Meaning("Fit of the draft to other layers, above its own", "nats", -1)),
     (r"bundle\.scale_error_percent", Meaning("Scale of the served weights, furthest off", "percent", -1)),
     (r"latency\.failed_requests", Meaning("Failed requests", "", -1)),
     (r"latency\.usage_error_percent", Meaning("Error of the server's token counts", "percent", -1)),

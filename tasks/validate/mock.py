@@ -222,6 +222,8 @@ class MockServer:
         """(number of tokens, text) of each chunk."""
         messages = ask.get("messages")
         prompt = messages[-1]["content"] if messages else ask.get("prompt", "")
+        if isinstance(prompt, list):  # content in parts, as some clients send it
+            prompt = "".join(part.get("text", "") for part in prompt)
         if prompt in self.answers:
             text = self.answers[prompt]
             if self.tokenizer is not None:

@@ -181,7 +181,7 @@ def test_the_engine_alone_is_shown_whole_or_not_at_all() -> None:
     assert trust.engine_alone({**whole, "forced.cycle_us": float("nan")}) is None
 
 
-def test_grounds_name_what_was_irregular() -> None:
-    said = trust.grounds({"client.error_percent": 0.31}, {"findings": {"served": {"usage_mismatch": 2}, "source": {}}})
-    assert said[0] == "Before the run the client timed a server of known speed to within 0.310 %."
-    assert said[1] == "Irregular replies of the served model: usage mismatch in 2 requests."
+def test_grounds_say_how_far_the_stopwatch_is_off() -> None:
+    said = trust.grounds({"client.error_percent": 0.31, "client.ttft_error_ms": -0.05})
+    assert said[0].endswith("known speed to within 0.310 % and 0.0500 ms of its time to first token.")
+    assert trust.grounds({}) == []
