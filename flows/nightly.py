@@ -37,22 +37,22 @@ def step(tonight: nights.Night, name: str) -> object:
 @flow(name="nightly", validate_parameters=True)
 def nightly(spec: str, store: str = "", night: str = "") -> Any:
     """One night; ends Completed as Unchanged or Promoted, or Failed, as Kept when only a gate failed."""
-    with nights.opened(spec, store, night, get_run_logger().info) as tonight:
+    with nights.opened(spec, store, night, get_run_logger().info, publish) as tonight:
         step(tonight, "look")
         try:
-            tonight.built(rebuild(spec, tonight.overrides, store, tonight.id))
+            # Its body, in this run: as a run of its own it would end a second later, when its heartbeat has stopped.
+            tonight.built(rebuild.fn(spec, tonight.overrides, store, tonight.id))
         except GateFailed as error:
             tonight.refused(error)
         step(tonight, "measure")
         step(tonight, "conclude")
-    publish(tonight)
     name, summary = tonight.record["state"].capitalize(), tonight.record["summary"]
     ending = Failed if tonight.record["state"] == "kept" else Completed
     return ending(name=name, message=summary, data=tonight.record)
 
 
 def publish(tonight: nights.Night) -> None:
-    """The page, the artifact, the event for automations, the commit status."""
+    """The page, the artifact, the event for automations, the commit status: also of a night that failed."""
     page.write(tonight.store, tonight.spec.name)
     key = re.sub(r"[^a-z0-9]+", "-", tonight.spec.name.lower())
     create_markdown_artifact(page.markdown(tonight.record), key=f"night-{key}", description=tonight.record["summary"])

@@ -133,9 +133,19 @@ def new_record(name: str, night: str) -> dict[str, Any]:
     return {**given, **empty, **lists, "git": {}, "drift": {}, "refresh": {}, "inputs": {}, "summary": ""}
 
 
+Publish = Callable[[Night], None]
+
+
+def unheard(_night: Night) -> None:
+    """Nobody is told."""
+
+
 @contextmanager
-def opened(spec_path: str, store_uri: str, night: str, say: Say) -> Iterator[Night]:
-    """Tonight, held against any other night of the spec. Raises what it was ended by, after writing it down."""
+def opened(spec_path: str, store_uri: str, night: str, say: Say, publish: Publish = unheard) -> Iterator[Night]:
+    """Tonight, held against any other night of the spec; `publish` is called when its record is closed.
+
+    Raises what ended it, after writing it down.
+    """
     store, night = open_store(store_uri or DEFAULT_STORE), night or new_build_id()
     try:
         spec = load_spec(Path(spec_path), [])
@@ -151,8 +161,11 @@ def opened(spec_path: str, store_uri: str, night: str, say: Say) -> Iterator[Nig
         except BaseException as error:
             tonight.fail(error)
             tonight.end()
+            if isinstance(error, Exception):  # who is being cancelled has no time to talk
+                publish(tonight)
             raise
         tonight.end()
+        publish(tonight)
 
 
 def recover(store: Store, name: str) -> list[str]:

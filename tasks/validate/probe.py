@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 SAMPLE_ROWS = 16
-NEAR = (-2, -1, 1, 2)  # layers by which a capture is tried elsewhere
+NEAR = (1, -1, 2, -2)  # layers by which a capture is tried elsewhere: one off is the likeliest
 BEYOND_NOISE = 4.0  # standard errors; a dozen captures are tried, and none may win by luck once in a thousand builds
 
 
@@ -139,15 +139,22 @@ def _fit(own: tuple[int, ...], tried: list[tuple[int, ...]], read: np.ndarray, s
     if len(tried) == 1:  # so few layers that there is no other capture
         return DraftFit(own, float(right[0]), own, float(right[0]), 0.0, similarity)
     gains = read[:1, 1] - read[1:, 1]  # paired by position: the same text through every capture
-    mean, noise = gains.mean(axis=1), BEYOND_NOISE * gains.std(axis=1) / gains.shape[1] ** 0.5
+    mean, noise = gains.mean(axis=1), _noise(gains)
     sure = mean > noise
-    best = int(np.where(sure, mean, -np.inf).argmax() if sure.any() else (mean - noise).argmax())
+    top = int(np.where(sure, mean, -np.inf).argmax() if sure.any() else (mean - noise).argmax())
+    behind = gains[top] - gains
+    level = sure & (behind.mean(axis=1) <= _noise(behind))  # a small head hardly uses some of its layers
+    best = int(level.argmax()) if level.any() else top  # the first of them is the likeliest mistake
     gain = float(mean[best] - noise[best])
     return DraftFit(own, float(right[0]), tried[best + 1], float(right[best + 1]), gain, similarity)
 
 
+def _noise(paired: np.ndarray) -> np.ndarray:
+    return BEYOND_NOISE * paired.std(axis=1) / paired.shape[1] ** 0.5
+
+
 def nearby(layers: tuple[int, ...], depth: int) -> list[tuple[int, ...]]:
-    """The capture as it is, as a whole some layers off, and with one layer off."""
+    """The capture as it is; then, the likeliest mistake first, as a whole some layers off, and with one layer off."""
     moved = [tuple(layer + step for layer in layers) for step in NEAR]
     moved += [(*layers[:at], layers[at] + step, *layers[at + 1 :]) for at in range(len(layers)) for step in NEAR]
     inside = [tried for tried in moved if all(0 <= layer < depth for layer in tried) and len(set(tried)) == len(layers)]

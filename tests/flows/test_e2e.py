@@ -65,7 +65,7 @@ class Checkout:
 
     @contextlib.contextmanager
     def own_prefect(self) -> Iterator[None]:
-        """The Prefect commands of the block talk to a server of this checkout; one they start is stopped after it."""
+        """From here on Prefect's commands talk to a server of this checkout, which they start; it is stopped after."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -197,8 +197,10 @@ def test_readme_commands_run_as_written(checkout: Checkout, built: dict[str, Any
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     commands = [line for block in blocks for line in block.splitlines() if line.strip()]
     failed, running = [], []
-    with checkout.own_prefect():
+    with contextlib.ExitStack() as stack:
         for command in commands:
+            if command.startswith("prefect server start"):
+                stack.enter_context(checkout.own_prefect())
             if command.startswith(FOR_EVER):
                 running.append((command, checkout.start(command)))
             elif (result := checkout.run(command)).returncode:

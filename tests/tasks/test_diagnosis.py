@@ -73,6 +73,17 @@ def test_a_better_capture_is_believed_beyond_noise_only() -> None:
     assert chance.gain_nats < 0
 
 
+def test_of_captures_that_fit_as_well_the_likeliest_mistake_is_named() -> None:
+    rng = np.random.default_rng(0)
+    loss = rng.exponential(1.0, 2000)
+    tried = [(1, 3, 4), (2, 4, 5), (1, 3, 5)]
+    better = loss - 0.2 + rng.normal(0, 0.3, 2000)
+    level = _fit(tried[0], tried, read(loss, better, better - 0.001 + rng.normal(0, 0.1, 2000)), 0.99)
+    assert level.best_layers == (2, 4, 5)
+    clearly = _fit(tried[0], tried, read(loss, better, better - 0.2), 0.99)
+    assert clearly.best_layers == (1, 3, 5)
+
+
 def test_captures_tried_nearby_stay_inside_the_model() -> None:
     tried = nearby((0, 2, 3), 5)
     assert tried[0] == (0, 2, 3)

@@ -302,3 +302,17 @@ def test_a_silent_webhook_is_a_warning_without_the_token(
 
 def test_a_spec_that_asks_for_no_status_tells_nobody(house: Path) -> None:
     assert not notify.commit_status(spec_of(house), RECORD)
+
+
+@pytest.mark.parametrize(("error", "told"), [(ValueError("bug"), ["failed"]), (KeyboardInterrupt(), [])])
+def test_a_failed_night_is_published_and_a_cancelled_one_is_not(
+    house: Path, store: LocalStore, error: BaseException, told: list[str]
+) -> None:
+    heard: list[str] = []
+    path = str(house / f"specs/{TINY}.yaml")
+    with (
+        pytest.raises(type(error)),
+        opened(path, store.uri, "20261201-020000-1", quiet, lambda night: heard.append(night.record["state"])),
+    ):
+        raise error
+    assert heard == told
