@@ -20,9 +20,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from engine_plugins.native.admission import unix_address
 
 BACKLOG = 4096  # connections that wait while no server accepts; the kernel caps it at net.core.somaxconn
 RETRY_AFTER_S = 2
@@ -32,19 +33,6 @@ REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: %d\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (RETRY_AFTER_S, len(BODY), BODY)
 )
-
-
-@contextlib.contextmanager
-def unix_address(path: Path) -> Iterator[str]:
-    """An address for a socket file whose path may be longer than the 107 bytes a socket address holds."""
-    if len(os.fsencode(path)) < 100:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
 
 
 def ask(
