@@ -33,7 +33,16 @@ QUIET = {
 @contextlib.contextmanager
 def prefect_server(home: Path, say: Callable[[str], None]) -> Iterator[str]:
     """The API URL to use: the configured one, or that of a server started for the block and stopped after it."""
-    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    added = {key: value for key, value in QUIET.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield from _served(home, say)
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+def _served(home: Path, say: Callable[[str], None]) -> Iterator[str]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if configured := PREFECT_API_URL.value():
