@@ -18,7 +18,7 @@ demo: install
 	@$(BIN)/kilotok run $(SPEC); code=$$?; $(BIN)/kilotok drain $(SPEC); exit $$code
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy specs tasks flows engine_plugins

@@ -203,8 +203,8 @@ def test_no_secret_is_in_anything_that_the_runs_left(house: House) -> None:
 
 @pytest.mark.skipif(shutil.which("pg_config") is None, reason="no PostgreSQL here")
 def test_the_same_on_postgresql(tmp_path: Path) -> None:
-    with postgres(tmp_path / "postgres") as url:
-        house = deployed(tmp_path / "house", url)
+    with postgres() as url:
+        house = deployed(tmp_path, url)
         try:
             assert house.setup().count("\n") == 1
             house.worker()

@@ -146,7 +146,11 @@ def test_every_named_task_is_in_the_installed_lm_eval_with_the_filter_that_count
 
 
 def test_a_task_whose_data_are_out_of_reach_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    import datasets.config
+    import huggingface_hub.constants
+
+    for module in (datasets.config, huggingface_hub.constants):  # both read the environment when they are imported
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="lm-eval cannot load aime24"):
         load_tasks(Questions(["aime24"], {}, 64), tmp_path)
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -198,31 +199,29 @@ def listen() -> Any:
 
 
 @contextlib.contextmanager
-def postgres(path: Path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A PostgreSQL of one's own; its URL for Prefect. It refuses to run as root, so root lends it another user."""
-    folder = Path(subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=True).stdout.strip())
-    path.mkdir()
+    programs = Path(
+        subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=True).stdout.strip()
+    )
     user = "postgres" if os.geteuid() == 0 else None
-    if user:
-        shutil.chown(path, user)
-        for above in path.parents:
-            if str(above).startswith(str(path.parents[2])):
-                above.chmod(above.stat().st_mode | 0o011)
     port = free_port("127.0.0.1")
-    initdb = [folder / "initdb", "-D", path / "data", "-U", "kilotok", "-A", "trust"]
-    subprocess.run(initdb, user=user, check=True, capture_output=True)
-    options = ["-c", f"port={port}", "-c", f"unix_socket_directories={path}", "-c", "listen_addresses=127.0.0.1"]
-    with open(path.parent / "postgres.log", "wb") as log:
-        server = subprocess.Popen(
-            [folder / "postgres", "-D", path / "data", *options], user=user, stdout=log, stderr=log
-        )
-    try:
-        create = [folder / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "kilotok", "prefect"]
-        for _ in range(100):
-            if subprocess.run(create, capture_output=True).returncode == 0:
-                break
-            time.sleep(0.2)
-        yield f"postgresql+asyncpg://kilotok@127.0.0.1:{port}/prefect"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with tempfile.TemporaryDirectory(prefix="kilotok-postgres-") as folder:  # pytest's folders are root's alone
+        if user:
+            shutil.chown(folder, user)
+        initdb = [programs / "initdb", "-D", f"{folder}/data", "-U", "kilotok", "-A", "trust"]
+        subprocess.run(initdb, user=user, check=True, capture_output=True)
+        options = ["-c", f"port={port}", "-c", f"unix_socket_directories={folder}", "-c", "listen_addresses=127.0.0.1"]
+        with open(f"{folder}/log", "wb") as log:
+            argv = [programs / "postgres", "-D", f"{folder}/data", *options]
+            server = subprocess.Popen(argv, user=user, stdout=log, stderr=log)
+        try:
+            create = [programs / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "kilotok", "prefect"]
+            for _ in range(100):
+                if subprocess.run(create, capture_output=True).returncode == 0:
+                    break
+                time.sleep(0.2)
+            yield f"postgresql+asyncpg://kilotok@127.0.0.1:{port}/prefect"
+        finally:
+            server.terminate()
+            server.wait(20)
