@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.toy.house import House, kill, postgres
+from tests.flows.toy.house import House, kill, postgres, postgres_programs
 from tests.flows.toy.repository import Repository
 
 pytestmark = pytest.mark.e2e
@@ -201,9 +200,10 @@ def test_no_secret_is_in_anything_that_the_runs_left(house: House) -> None:
     assert any("was not told" in path.read_text() for path in house.path.glob("worker.log"))  # the token was in use
 
 
-@pytest.mark.skipif(shutil.which("pg_config") is None, reason="no PostgreSQL here")
 def test_the_same_on_postgresql(tmp_path: Path) -> None:
-    with postgres() as url:
+    if not (programs := postgres_programs()):
+        pytest.skip("no PostgreSQL here")
+    with postgres(programs) as url:
         house = deployed(tmp_path, url)
         try:
             assert house.setup().count("\n") == 1

@@ -198,12 +198,17 @@ def listen() -> Any:
     return server
 
 
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs, which is on nobody's PATH; None where only a client is installed."""
+    if not shutil.which("pg_config"):
+        return None
+    found = subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(found) if Path(found, "initdb").exists() else None
+
+
 @contextlib.contextmanager
-def postgres() -> Iterator[str]:
+def postgres(programs: Path) -> Iterator[str]:
     """A PostgreSQL of one's own; its URL for Prefect. It refuses to run as root, so root lends it another user."""
-    programs = Path(
-        subprocess.run(["pg_config", "--bindir"], capture_output=True, text=True, check=True).stdout.strip()
-    )
     user = "postgres" if os.geteuid() == 0 else None
     port = free_port("127.0.0.1")
     with tempfile.TemporaryDirectory(prefix="kilotok-postgres-") as folder:  # pytest's folders are root's alone
