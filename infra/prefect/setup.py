@@ -13,6 +13,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from prefect.exceptions import ObjectNotFound
 ROOT = Path(__file__).resolve().parents[2]
 # The default heartbeat is every 180 s: a shorter window would declare healthy runs dead.
 WINDOW = timedelta(minutes=10)
+START_TIMEOUT_S = 60
 OURS = "kilotok: "  # how our automations are known again
 ENDED_BADLY = ("Failed", "Kept", "Crashed", "TimedOut", "Late")
 
@@ -39,11 +41,22 @@ ENDED_BADLY = ("Failed", "Kept", "Crashed", "TimedOut", "Late")
 def main() -> int:
     """Prints one line for each thing it changed."""
     declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    asyncio.run(server_up())
     asyncio.run(make_pools(declared))
     deploy()
     asyncio.run(prune(declared))
     asyncio.run(make_automations())
     return 0
+
+
+async def server_up() -> None:
+    """Return when the server answers; one that was just started makes its database first."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    async with get_client() as client:
+        while error := await client.api_healthcheck():
+            if time.monotonic() > deadline:
+                sys.exit(f"no Prefect server at {client.api_url}: start one, or set PREFECT_API_URL to yours ({error})")
+            await asyncio.sleep(0.5)
 
 
 async def make_pools(declared: list[dict[str, Any]]) -> None:

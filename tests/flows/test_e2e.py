@@ -1,7 +1,7 @@
 """One whole run of the tiny spec on a local Prefect server, in a copy of the tracked files; then what follows from it.
 
 What it hunts: stages that fit each other only in unit tests, a second run that builds again, an endpoint that does not
-answer, a README whose commands do not run. Takes about five minutes.
+answer, a README whose commands do not run. Takes about four minutes.
 Run it: `python -m pytest -m e2e tests/flows/test_e2e.py`.
 """
 
@@ -40,7 +40,7 @@ STAGES = [
 pytestmark = pytest.mark.e2e
 
 # README commands that run until they are stopped: they must still be running when the others are through.
-FOR_EVER = ("prefect worker start",)
+FOR_EVER = ("prefect server start", "prefect worker start")
 
 
 class Checkout:
@@ -65,7 +65,7 @@ class Checkout:
 
     @contextlib.contextmanager
     def own_prefect(self) -> Iterator[None]:
-        """From here on Prefect's commands talk to a server of this checkout, which they start; it is stopped after."""
+        """From here on Prefect's commands talk to a server of this checkout, which one of them starts."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -73,7 +73,6 @@ class Checkout:
                 "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}  # fmt: skip
         self.env |= mine
         yield
-        self.run("prefect server stop")
         self.env = {key: value for key, value in self.env.items() if key not in mine}
 
     def build(self, *more: str) -> dict[str, Any]:
@@ -92,9 +91,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory):
             shutil.copy2(ROOT / name, path / name)
     for name in ("pyproject.toml", "constraints.txt"):
         os.utime(path / name, (0, 0))  # older than the environment, so that `make demo` does not install it again
-    # Speed on a shared test machine is not what is tested here; the bench and the nightly hold it.
+    # Speed on a shared test machine is not what is tested here; the bench and the nightly hold it. A number of epochs
+    # gives the same head on a busy machine, a number of seconds does not.
     spec = path / TINY
-    spec.write_text(spec.read_text().replace("at_least: 0.9 of last_good", "at_least: 0.01 of last_good"))
+    text = spec.read_text().replace("epochs: 8", "epochs: 4").replace("max_seconds: 150", "max_seconds: 600")
+    spec.write_text(text.replace("at_least: 0.9 of last_good", "at_least: 0.01 of last_good"))
     checkout = Checkout(path)
     yield checkout
     checkout.run(f"kilotok drain {TINY}")
@@ -165,7 +166,7 @@ def test_epochs_rebuild_the_draft_and_what_follows_not_quantize(checkout: Checko
     plan = json.loads(checkout.run(f"kilotok plan {TINY} --json --set draft.training.epochs=9").stdout)
     rows = {row["stage"]: row for row in plan["rows"]}
     assert [name for name in STAGES if rows[name]["state"] == "cached"] == ["download", "quantize", "synthesize"]
-    assert "draft.training.epochs 8 -> 9" in rows["train_draft"]["reason"]
+    assert "draft.training.epochs 4 -> 9" in rows["train_draft"]["reason"]
 
 
 def test_the_report_sets_the_prediction_beside_what_came(built: dict[str, Any]) -> None:

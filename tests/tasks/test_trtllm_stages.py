@@ -99,7 +99,7 @@ def swap(tmp_path: Path) -> Iterator[Swap]:
 def test_validation_measures_candidate_and_source_where_only_one_of_them_fits(swap: Swap, tmp_path: Path) -> None:
     job = make_job(tmp_path, gates=[], samples=3)
     job.spec.update(swap.spec)
-    job.spec["validate"]["latency"] |= {"requests": 4, "users": []}
+    job.spec["validate"]["latency"] |= {"requests": 16, "users": []}
     job.inputs.update(build_engine=swap.bundle, deploy=swap.job.out)
     metrics = validate(job, Progress(), starter=STARTER)
     assert metrics["latency.tps_per_user.p50"] > 0 and metrics["baseline.tps_per_user.p50"] > 0
