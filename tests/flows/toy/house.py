@@ -123,7 +123,7 @@ class House:
         for attempt in range(5):
             try:
                 request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-                with urllib.request.urlopen(request, timeout=30) as answer:
+                with urllib.request.urlopen(request, timeout=120) as answer:  # a full disk queue holds SQLite up
                     return json.loads(answer.read() or b"null")
             except urllib.error.HTTPError as error:
                 if error.code != 503 or attempt == 4:
