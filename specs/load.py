@@ -160,8 +160,9 @@ def _finding(details: ErrorDetails, marked: Marked) -> SpecError:
         return _broken_rule(str(context["error"]), path, value, marked)
     if kind == "string_type" and isinstance(value, (int, float)):
         return _at(mark, key, value, f"{key} must be text", "text", f'write it in quotes: "{value}"')
-    rule = _sentence(details["msg"])
-    return _at(mark, key, value, f"{key}: {rule}", rule, _description(path) or "see `kilotok schema`")
+    rule, allowed = _sentence(details["msg"]), context.get("le", context.get("ge"))
+    nearest = "" if allowed is None else f"use {path[-1]}: {allowed}; "
+    return _at(mark, key, value, f"{key}: {rule}", rule, nearest + (_description(path) or "see `kilotok schema`"))
 
 
 def _broken_rule(message: str, path: Path_, value: Any, marked: Marked) -> SpecError:

@@ -136,7 +136,12 @@ class Engine(Section):
     expert_parallel: Positive = measured(
         1, "GPUs", "GPUs over which whole experts are spread; divides tensor_parallel."
     )
-    draft_tokens: int = measured(3, "tokens", "Tokens guessed per cycle; 0 serves without speculation.", ge=0, le=7)
+    draft_tokens: int = measured(3, "tokens", "Tokens guessed per cycle; 0 serves without speculation.", ge=0, le=15)
+    parallel_draft: bool = Field(
+        False,
+        description="One pass of the drafter guesses all tokens (P-EAGLE, DFlash) instead of one pass for each: for "
+        "`predict` and `explain` only; no engine here serves such a drafter yet.",
+    )
     max_batch_size: Positive = measured(8, "requests", "Requests in flight.")
     max_seq_len: Positive = measured(8192, "tokens", "Prompt plus answer.")
     plugins: Annotated[tuple[Annotated[str, rules.PLUGIN], ...], Field(strict=False)] = Field(
@@ -169,8 +174,10 @@ class Engine(Section):
                 f"options are for trtllm only: the native engine takes none; drop {', '.join(sorted(self.options))}"
             )
         if self.tensor_parallel % self.expert_parallel:
+            divisors = [n for n in range(1, self.tensor_parallel + 1) if self.tensor_parallel % n == 0]
+            near = min(divisors, key=lambda n: abs(n - self.expert_parallel))
             raise ValueError(
-                f"expert_parallel does not divide tensor_parallel {self.tensor_parallel}; use 1 or a divisor"
+                f"expert_parallel does not divide tensor_parallel {self.tensor_parallel}; use expert_parallel: {near}"
             )
         if len(set(self.plugins)) != len(self.plugins):
             raise ValueError("plugins names an op twice; keep one")

@@ -119,7 +119,7 @@ class Latency(Section):
         (), "requests/s", "Also measured in an open loop: Poisson arrivals at each rate, waits counted."
     )
     forced_acceptance: float | None = measured(
-        None, "tokens/cycle", "Also time the engine alone, on a second server that accepts this much.", ge=1, le=8
+        None, "tokens/cycle", "Also time the engine alone, on a second server that accepts this much.", ge=1, le=16
     )
     witness: Literal["aiperf", "guidellm"] | None = Field(
         None, description="A second client measures the same endpoint; it must be on the PATH."

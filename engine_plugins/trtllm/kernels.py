@@ -16,6 +16,7 @@ import yaml
 from engine_plugins.trtllm.contract import FOLDER
 from specs.schema import Spec
 
+RECORD_TOKENS = 8  # of a step that router, FC_QKV and MoE take; beyond it they fall back without a word
 _FUSED_ALLREDUCE_TOKENS = 128  # one-shot Lamport kernels; larger messages fall back to separate kernels
 
 
@@ -103,14 +104,14 @@ def _min_latency(step: _Step) -> list[Kernel]:
         return low <= tokens <= high, f"{low} to {high} tokens a step"
 
     gates = {
-        "router GEMV (BF16)": [upto(1, 8), hidden, experts],
+        "router GEMV (BF16)": [upto(1, RECORD_TOKENS), hidden, experts],
         "FC_QKV GEMV": [upto(1, 4), tp8, hidden, heads, fp8],
-        "FC_QKV + attention scaling (NoPE layers)": [upto(1, 8), tp8, hidden, heads, fp8, tuned],
-        "FC_QKV trtllm-gen (RoPE layers)": [upto(5, 8), tp8, hidden, heads, fp8],
+        "FC_QKV + attention scaling (NoPE layers)": [upto(1, RECORD_TOKENS), tp8, hidden, heads, fp8, tuned],
+        "FC_QKV trtllm-gen (RoPE layers)": [upto(5, RECORD_TOKENS), tp8, hidden, heads, fp8],
         "FC13 + SwiGLU GEMV": [upto(1, 3), tp8, hidden, widths, fp8],
         "FC13 + SwiGLU trtllm-gen": [upto(4, 16), tp8, hidden, widths, fp8],
         "FC2 trtllm-gen": [upto(1, 16), tp8, hidden, widths, fp8],
-        "MoE top-1, FC13 + SwiGLU + FC2": [upto(1, 8), hidden, experts, routed, whole, fp8],
+        "MoE top-1, FC13 + SwiGLU + FC2": [upto(1, RECORD_TOKENS), hidden, experts, routed, whole, fp8],
     }
     if not step.min_latency:
         return [Kernel(name, False, "needs enable_min_latency") for name in gates]

@@ -219,7 +219,9 @@ def _draft(gpu: Gpu, shape: Shape, draft: DraftShape, setting: Setting, *, first
     tp = 1 if setting.attention_dp else setting.tensor_parallel
     width, hidden, small = draft.bytes_per_weight, shape.hidden, gpu.small_us
     # The first step also catches up on the tokens that the cycle before accepted.
-    rows = setting.local_batch * (min(TYPICAL_ACCEPTANCE, 1 + setting.draft_tokens / 2) if first else 1)
+    caught_up = min(TYPICAL_ACCEPTANCE, 1 + setting.draft_tokens / 2) if first else 1.0
+    at_once = setting.draft_tokens - 1 if setting.parallel_draft else 0
+    rows = setting.local_batch * (caught_up + at_once)
     per_token = 2 * max(1, shape.kv_heads // tp) * shape.head_dim * 2
     attention_flops = 4 * rows * setting.context * shape.q_heads * shape.head_dim / tp
     steps = [

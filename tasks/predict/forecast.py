@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from tasks.predict import calibrate
+from tasks.predict import calibrate, limits
 from tasks.predict.calibrate import CYCLE, SECONDS
 from tasks.predict.prediction import Case, predict, targets, unknown
 from tasks.predict.records import Records, model_of
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[str, Any]:
     """{"metrics", "stages", "modelled", "prediction", "targets", ...}; {"unknown": why} when nothing can be said.
 
-    Raises InputError for hardware nobody knows and for what cannot fit it.
+    Raises InputError for hardware nobody knows, for what cannot fit it and for what the engine does not serve.
     """
+    limits.check_engine(spec)
     records = Records.read(store, spec.name)
     if why := unknown(spec, records):
         return {"unknown": why}

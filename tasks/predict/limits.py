@@ -1,19 +1,25 @@
 """What cannot run, found before anything is spent, each with the nearest spec that can.
 
-Refuses to try: divisibility and memory are arithmetic. Run it: `kilotok plan SPEC`.
+`check` is about the machine and holds for a prediction too; `check_engine` about what the engines here can serve.
+Refuses to try: divisibility, memory and contracts are arithmetic. Run it: `kilotok plan SPEC`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+from engine_plugins.trtllm.kernels import RECORD_TOKENS
 from specs.errors import InputError
 from tasks.predict.cost import Setting, memory_gib_per_gpu
 from tasks.predict.hardware import Gpu
 from tasks.predict.shape import DraftShape, Shape
 from tasks.predict.throughput import USABLE
+
+if TYPE_CHECKING:
+    from specs.schema import Spec
 
 Where = Callable[[str], str]
 
@@ -26,6 +32,36 @@ def check(
     _check_heads(gpu, shape, setting, where)
     _check_experts(shape, setting, where)
     _check_memory(gpu, shape, draft, setting, engine, where)
+
+
+def check_engine(spec: Spec) -> None:
+    """Raise InputError for drafts that the engine does not serve, or for which its kernels would silently not run."""
+    engine = spec.engine
+    if engine.parallel_draft:
+        raise InputError(
+            "no engine here serves a parallel drafter yet", spec.where("engine.parallel_draft"),
+            "use parallel_draft: false; predict and explain say what one would be worth",
+        )  # fmt: skip
+    most, whose = min(_longest_drafts(spec), default=(engine.draft_tokens, ""))
+    if engine.draft_tokens > most:
+        raise InputError(
+            f"draft_tokens {engine.draft_tokens} makes steps of {engine.draft_tokens + 1} tokens; {whose} takes at "
+            f"most {most + 1}", spec.where("engine.draft_tokens"), f"use draft_tokens: {most}",
+        )  # fmt: skip
+
+
+def _longest_drafts(spec: Spec) -> Iterator[tuple[int, str]]:
+    """Longest draft at which a step of one user still runs on the kernels that the spec asks for, and whose limit it
+    is."""
+    engine = spec.engine
+    if engine.backend == "trtllm" and engine.options.get("enable_min_latency"):
+        yield RECORD_TOKENS - 1, "enable_min_latency"
+    for plugin in engine.plugins if engine.gpu_architecture else ():
+        limits = import_module(f"engine_plugins.ops.{plugin}.contract").CONTRACT.gpu_axes
+        if "M" in limits:
+            yield limits["M"].high - 1, f"the plugin {plugin}"
+        elif "k" in limits:
+            yield limits["k"].high, f"the plugin {plugin}"
 
 
 def divides(shape: Shape, tensor_parallel: int) -> bool:

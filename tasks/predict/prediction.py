@@ -209,6 +209,8 @@ def predict(spec: Spec, records: Records | None = None, routing: Path | None = N
     elif shape.experts:
         apart = shape.distinct_experts(setting.draft_tokens + 1)
         notes.append(f"{apart:.2f} distinct experts per verify and layer: tokens taken to route independently")
+    if setting.parallel_draft:
+        notes.append("one pass of the drafter for all tokens; its acceptance is taken to be the chain's")
     notes += records.machine_notes(gpu)
     latency = spec.validation.latency
     load = Load(INPUT_TOKENS.get(latency.profile, HELD_OUT_TOKENS), latency.max_new_tokens)
@@ -292,6 +294,7 @@ def setting_of(spec: Spec, gpu: Gpu) -> Setting:
         expert_parallel=engine.expert_parallel,
         attention_dp=bool(engine.options.get("enable_attention_dp")),
         draft_tokens=engine.draft_tokens,
+        parallel_draft=engine.parallel_draft,
         weight_bytes=width,
         kv_bytes=1.0 if "kv_fp8" in recipe else 2.0,
         accept_us=gpu.small_us if native else Setting.accept_us,

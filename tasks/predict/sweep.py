@@ -20,6 +20,7 @@ import yaml
 
 from engine_plugins.trtllm.render import render
 from specs.errors import InputError, KilotokError
+from tasks.predict.limits import check_engine
 from tasks.predict.prediction import predict
 from tasks.predict.records import Records
 
@@ -127,6 +128,7 @@ def foretell(spec: Spec, point: Point, records: Records) -> Point:
     """The point with predicted speeds, or with the reason why it cannot run."""
     try:
         made = variant(spec, point)
+        check_engine(made)
         case = predict(made, records).case
         if made.engine.backend == "trtllm":
             render(made)

@@ -18,6 +18,7 @@ from tasks.predict import levers
 from tasks.predict.acceptance import at, expect
 from tasks.predict.cost import Setting, cycle, memory_gib_per_gpu
 from tasks.predict.hardware import known, load, parse
+from tasks.predict.limits import check_engine
 from tasks.predict.prediction import KERNELS, Prediction, predict, targets
 from tasks.predict.shape import DraftShape, known_models, known_shape, shape_from_config
 
@@ -164,12 +165,38 @@ def test_acceptance_beyond_what_was_measured_gains_ever_less() -> None:
         (["engine.tensor_parallel=16"], "tensor_parallel 16 on 8 x DGX B200.*use tensor_parallel: 8"),
         (["hardware=h100", "engine.tensor_parallel=4"], "GiB per GPU are needed.*use tensor_parallel: 8"),
         (["engine.max_seq_len=40000000"], "GiB per GPU are needed.*use max_seq_len: "),
-        (["engine.draft_tokens=9"], "less than or equal to 7"),
+        (["engine.draft_tokens=16"], "less than or equal to 15.*use draft_tokens: 15"),
+        (["engine.expert_parallel=3"], "does not divide tensor_parallel 8.*use expert_parallel: 2"),
     ],
 )
 def test_what_cannot_run_names_the_nearest_that_can(overrides: list[str], words: str) -> None:
     with pytest.raises(InputError, match=words):
         foretell(B200, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["engine.draft_tokens=9"], "steps of 10 tokens; .* takes at most 8.*use draft_tokens: 7"),
+        (["engine.draft_tokens=9", "engine.plugins=[]"], "enable_min_latency takes at most 8"),
+        (["engine.draft_tokens=9", "engine.options={}"], "the plugin .* takes at most 8"),
+        (["engine.parallel_draft=true"], "no engine here serves a parallel drafter.*use parallel_draft: false"),
+    ],
+)
+def test_drafts_beyond_the_engine_are_predicted_and_not_built(overrides: list[str], words: str) -> None:
+    assert foretell(B200, *overrides).case.tps_per_user.expected > 0
+    with pytest.raises(InputError, match=words):
+        check_engine(load_spec(ROOT / B200, overrides))
+
+
+def test_a_parallel_drafter_is_a_setting_of_the_spec() -> None:
+    chain, one = (
+        foretell(B200, "engine.draft_tokens=15", f"engine.parallel_draft={word}") for word in ("false", "true")
+    )
+    rows = {row["draft_tokens"]: row for row in levers.draft_lengths(chain, "hf://meta-llama/Llama-4-Maverick")}
+    said = [found.to_dict()["cycle_us"]["expected"] for found in (chain, one)]
+    assert said == pytest.approx([rows[15]["chain_us"], rows[15]["parallel_us"]], abs=0.2)
+    assert said[1] < said[0] and "acceptance is taken" in " ".join(one.notes)
 
 
 def test_expert_parallelism_that_does_not_divide_the_experts() -> None:

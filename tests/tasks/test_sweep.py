@@ -52,8 +52,10 @@ def test_a_key_the_spec_does_not_have_names_the_nearest() -> None:
 
 
 def test_points_that_cannot_run_stay_in_the_table_with_their_reason() -> None:
-    found = search(TINY, grid(["engine.draft_tokens=1,9"]), Records())
-    assert not found[0].refused and "less than or equal to 7" in found[1].refused
+    found = search(TINY, grid(["engine.draft_tokens=1,16"]), Records())
+    assert not found[0].refused and "less than or equal to 15" in found[1].refused
+    dgx = search(B200, grid(["engine.draft_tokens=7,8"]), Records())
+    assert not dgx[0].refused and "use draft_tokens: 7" in dgx[1].refused
 
 
 def test_five_hundred_points_in_five_seconds() -> None:
@@ -91,8 +93,8 @@ def test_measurement_decides_against_the_predictor() -> None:
 
 
 def test_a_value_no_point_may_have_is_one_error() -> None:
-    with pytest.raises(InputError, match="less than or equal to 7"):
-        best(search(TINY, grid(["engine.draft_tokens=8,9"]), Records()), "user")
+    with pytest.raises(InputError, match="less than or equal to 15"):
+        best(search(TINY, grid(["engine.draft_tokens=16,17"]), Records()), "user")
 
 
 @pytest.mark.parametrize(
