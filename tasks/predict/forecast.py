@@ -47,6 +47,7 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
         },
         "stages": stages,
         "devices": case.setting.tensor_parallel,
+        "holds_devices": list(USES_DEVICES),
         "price": {"per_device_hour": case.gpu.price_per_device_hour, "currency": case.gpu.currency},
         "prediction": prediction.to_dict(),
         "targets": targets(spec, prediction),

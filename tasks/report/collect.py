@@ -61,7 +61,7 @@ def collect(job: Job) -> dict[str, Any]:
         "engine_alone": trust.engine_alone(metrics),
         "grounds": trust.grounds(metrics),
         "draft": _draft(files),
-        "stages": lineage.stages(receipts),
+        "stages": lineage.stages(receipts, given(job, "prediction") or {}),
         "prediction": _prediction(job, metrics, receipts),
         "changes": lineage.changed(last_good, receipts, manifests, metrics),
         "provenance": lineage.provenance(manifests, receipts),
@@ -273,7 +273,7 @@ def _remarks(outcome: Mapping[str, Any]) -> list[str]:
     for side, found in (outcome.get("findings") or {}).items():
         if isinstance(found, Mapping):
             remarks += [
-                f"{side}: {count(int(n), 'reply', 'replies')} with {name.replace('_', ' ')}"
+                f"{side}: {count(int(n), 'reply', 'replies')} {trust.finding_words(name)}"
                 for name, n in found.items()
                 if n
             ]

@@ -34,33 +34,29 @@ def _read(path: Path) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def stages(receipts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per stage: how long, how big, why; cost where the stage wrote one."""
-    rows = []
-    for row in receipts:
-        metrics = row.get("metrics") or {}
-        cost = next(
-            (
-                as_number(value)
-                for name, value in metrics.items()
-                if name.startswith("cost.") or name.endswith("cost_usd")
-            ),
-            None,
-        )
-        rows.append(
-            {
-                "stage": str(row.get("stage")),
-                "state": str(row.get("state")),
-                "seconds": as_number(row.get("seconds")),
-                "size_bytes": as_number(row.get("size_bytes")),
-                "reason": str(row.get("reason") or ""),
-                "key": str(row.get("key") or ""),
-                "digest": str(row.get("digest") or ""),
-                "uri": str(row.get("uri") or ""),
-                "cost_usd": cost,
-            }
-        )
-    return rows
+def stages(receipts: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per stage: how long, how big, why, and what the devices it held cost at the price of the hardware file,
+    as `kilotok plan` counts it; None without a price."""
+    price = forecast.get("price") or {}
+    per_second = (as_number(price.get("per_device_hour")) or 0.0) * (forecast.get("devices") or 1) / 3600
+    holds = forecast.get("holds_devices") or ()
+    return [
+        {
+            "stage": str(row.get("stage")),
+            "state": str(row.get("state")),
+            "seconds": as_number(row.get("seconds")),
+            "size_bytes": as_number(row.get("size_bytes")),
+            "reason": str(row.get("reason") or ""),
+            "key": str(row.get("key") or ""),
+            "digest": str(row.get("digest") or ""),
+            "uri": str(row.get("uri") or ""),
+            "cost": per_second * (as_number(row.get("seconds")) or 0.0) * (row.get("stage") in holds)
+            if per_second
+            else None,
+            "currency": str(price.get("currency") or "") if per_second else "",
+        }
+        for row in receipts
+    ]
 
 
 def changed(

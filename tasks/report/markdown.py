@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tasks.report.findings import delta_words, findings, verdict_words
-from tasks.report.words import figure, seconds, signed, size
+from tasks.report.words import figure, money, seconds, signed, size
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -57,11 +57,12 @@ def render(report: Mapping[str, Any]) -> str:
             row["state"],
             seconds(row["seconds"]),
             size(row["size_bytes"]) if row["size_bytes"] else "",
+            "" if row.get("cost") is None else money(row["cost"], row["currency"]),
             row["reason"],
         )
         for row in report["stages"]
     ]
-    lines += _section("Time", said["stages"], ("Stage", "State", "Time", "Size", "Why"), stages)
+    lines += _section("Time and cost", said["stages"], ("Stage", "State", "Time", "Size", "Cost", "Why"), stages)
     lines += _section("Predicted and actual", said["prediction"])
     lines += _section("Provenance", said["provenance"])
     return "\n".join(lines).rstrip() + "\n"

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tasks.report.findings import findings, verdict_words
+from tasks.report.findings import findings, source_of, verdict_words
 from tasks.report.markdown import clean, table_row
 from tasks.report.words import figure, meaning
 
@@ -29,7 +29,7 @@ _FIGURES = (
 def render(report: Mapping[str, Any]) -> str:
     """The whole card."""
     said = findings(report)
-    origin = _source(report)
+    origin = source_of(report)
     front = yaml.safe_dump(_front_matter(report, origin), sort_keys=False, allow_unicode=True)
     lines = ["---", front.rstrip(), "---", "", f"# {clean(report['spec'])}", "", *_opening(report, origin)]
     figures = [(meaning(name), report["metrics"].get(name)) for name in _FIGURES]
@@ -86,8 +86,3 @@ def _front_matter(report: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if results and report["verdict"] == "PASS":  # a Hub shows these as the model's figures
         front["model-index"] = [{"name": report["spec"], "results": results}]
     return json.loads(json.dumps(front))
-
-
-def _source(report: Mapping[str, Any]) -> str:
-    spec = (report["provenance"] or {}).get("spec") or {}
-    return str((spec.get("model") or {}).get("source") or "")

@@ -46,6 +46,7 @@ def environment() -> Environment:
         seconds=words.seconds,
         size=words.size,
         micros=words.micros,
+        money=words.money,
         meaning=words.meaning,
         delta=delta_words,
         verdict=verdict_words,

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.report.svg import Canvas, linear, ticks
+from tasks.report.svg import Canvas, linear, ticks, width_of
 from tasks.report.words import three
+
+OUTLIER = 1.0  # widths of the middle four fifths beyond which a value no longer stretches the axis
 
 
 def acceptance(entry: Mapping[str, Any], everything: Mapping[str, Any] | None, width: float) -> str:
@@ -49,8 +51,10 @@ def _rate(art: Canvas, point: Mapping[str, Any], px: float, y: Any, under: bool)
 
 
 def histogram(series: Mapping[str, Any], width: float, height: float = 124) -> str:
-    """Counts per bin; the median and the bad tail are drawn as lines."""
-    values = series["values"]
+    """Counts per bin; the median and the bad tail are drawn as lines. What lies far out is counted in the end bins: one
+    value must not press all others into a single bar."""
+    far = OUTLIER * ((series["p90"] - series["p10"]) or abs(series["p50"]) or 1.0)
+    values = [min(max(value, series["p10"] - far), series["p90"] + far) for value in series["values"]]
     low, high = min(values), max(values)
     bins = max(6, min(24, round(2 * len(values) ** 0.5)))
     span = (high - low) or abs(low) * 0.1 or 1.0
@@ -68,7 +72,9 @@ def histogram(series: Mapping[str, Any], width: float, height: float = 124) -> s
             art.rect(4 + at * step, y(count), step - 1, height - 22 - y(count), "f-soft", tip, 1)
     art.line(4, height - 22, width - 4, height - 22, "base")
     for tick in ticks(low, high, 4):
-        art.text(x(tick), height - 7, f"{tick:g}", "tick", "middle")
+        words = f"{tick:,g}"
+        half = width_of(words, 11) / 2
+        art.text(min(max(x(tick), half), width - half), height - 7, words, "tick", "middle")
     tail = series["p10"] if series["better"] > 0 else series["p90"]
     art.line(
         x(series["p50"]),

@@ -15,7 +15,7 @@ import pandera.pandas as pa
 
 from tasks.tables import check, write
 
-NUMBERS = ("seconds", "size_bytes", "cost_usd")
+NUMBERS = ("seconds", "size_bytes", "cost")
 STAGES = pa.DataFrameSchema(
     {
         "stage": pa.Column(str, pa.Check.str_length(min_value=1), unique=True),
@@ -26,7 +26,8 @@ STAGES = pa.DataFrameSchema(
         "key": pa.Column(str),
         "digest": pa.Column(str),
         "uri": pa.Column(str),
-        "cost_usd": pa.Column(float, pa.Check.ge(0), nullable=True),
+        "cost": pa.Column(float, pa.Check.ge(0), nullable=True),
+        "currency": pa.Column(str),
     },
     strict=True,
     name="stages",

@@ -13,6 +13,33 @@ from typing import Any
 from tasks.report.words import as_number, figure, three
 
 Metrics = Mapping[str, float]
+# What the client notes on a reply, after "3 replies"; the other names read as they are.
+FINDINGS = {
+    "burst": "that lay ready when they were read, so no speed is taken from them",
+    "retried": "only after the server had asked to come back later",
+    "throttled": "refused as too many",
+    "usage_mismatch": "whose token count is not the tokenizer's",
+    "usage_missing": "without a token count",
+    "stall": "that stalled",
+    "timeout": "that took too long",
+    "reset": "cut off by the server",
+    "truncated_stream": "that ended without an end",
+    "invalid_utf8": "that are not UTF-8",
+    "malformed_json": "that are not JSON",
+    "malformed_http": "that are not HTTP",
+    "no_text": "without text",
+    "server_error": "with an error in the stream",
+    "http_error": "with an HTTP error",
+    "connect": "never reached the server",
+    "replacement_character": "with a character the server could not decode",
+}
+
+
+def finding_words(name: str) -> str:
+    """What follows "3 replies"; the page still shows what nobody has described."""
+    return FINDINGS.get(name) or f"with {name.replace('_', ' ')}"
+
+
 _LOAD = re.compile(r"latency\.(parallel|open_loop)_(\d+(?:_\d+)?)\.tps_server")
 
 

@@ -190,6 +190,14 @@ def size(value: Any) -> str:
     raise AssertionError("unreachable")
 
 
+def money(value: Any, currency: str) -> str:
+    """12.40 USD; less than a cent is still something."""
+    number = as_number(value)
+    if number is None:
+        return "\N{EN DASH}"
+    return f"under 0.01 {currency}" if 0 < number < 0.005 else f"{number:,.2f} {currency}"
+
+
 def change(before: float, after: float) -> str:
     """Relative change in words, or the absolute one where a ratio means nothing."""
     if before == 0 or not math.isfinite(before):

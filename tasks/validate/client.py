@@ -3,9 +3,10 @@
 Definitions (all from the arrival of bytes, tokens counted by the tokenizer over the returned text, never by chunks):
   ttft_ms    first chunk that carries text, after the request was written (ttft_intended_ms: after it was *meant* to be)
   tps_user   output tokens after the first / time after the first. A speculative first chunk can carry several tokens;
-             what arrives at one instant has no duration, so "the first" is then the whole first chunk: tokens in later
-             chunks / time from the first to the last chunk that carries text. An answer of which one read brought most
-             (finding `burst`: the server or this client was held up) has no speed at all.
+             what arrives at one instant has no duration, so "the first" is then the whole first chunk, with the chunks
+             that lay ready behind it when it was read: tokens in later chunks / time from there to the last chunk that
+             carries text. An answer that was mostly ready by then (finding `burst`: the server or this client was held
+             up) has no speed at all.
   e2e_tps    all output tokens / time from sending to the last token
   itl_ms     gap between chunks, spread over the tokens that the gap produced: one value per token
 The end-of-sequence token is not in the text: usage.completion_tokens may be one higher. Any other disagreement is a
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from tasks.validate.wire import Address, Connection, HttpReply, RawReply, clock, connect, parse_reply, sse_events
 
 BURST_CHUNKS = 8
+READY_S = 50e-6  # a chunk read sooner after the one before was waiting to be read: no cycle is that short
 FATAL = frozenset(
     {
         "stall",
@@ -280,14 +281,15 @@ def measure(exchange: Exchange, count: CountTokens, profile: str = "") -> dict[s
     text = "".join(parsed.texts)
     chunk_tokens = _tokens_by_chunk(parsed.texts, count(text)) if text else np.zeros(0, np.int64)
     findings = parsed.findings + _count_findings(int(chunk_tokens.sum()), parsed)
-    findings += ["burst"] if _is_burst(parsed.times_s) else []
+    ready = _ready_with_first(parsed.times_s)
+    findings += ["burst"] if _is_burst(parsed.times_s, ready) else []
     row: dict[str, Any] = {
         "id": ask.id, "domain": ask.domain, "profile": profile, "user": exchange.user,
         "intended_s": exchange.intended_s, "sent_s": sent, "status": parsed.status, "retries": exchange.retries,
         "finish_reason": parsed.finish, "output_tokens": int(chunk_tokens.sum()),
         "usage_tokens": int(parsed.usage.get("completion_tokens") or 0), "chunks": len(parsed.texts),
-        "first_chunk_tokens": int(chunk_tokens[0]) if len(chunk_tokens) else 0,
-        **_timings(parsed.times_s, chunk_tokens, sent, exchange.intended_s),
+        "first_chunk_tokens": int(chunk_tokens[:ready].sum()),
+        **_timings(parsed.times_s, chunk_tokens, ready, sent, exchange.intended_s),
         **(speculation_of_steps(parsed, chunk_tokens) or speculation(parsed.usage)),
     }  # fmt: skip
     row["ok"] = not set(findings) & FATAL
@@ -319,21 +321,20 @@ def _count_findings(tokens: int, parsed: Parsed) -> list[str]:
     return [] if claimed in expected else ["usage_mismatch"]
 
 
-def _timings(times: list[float], tokens: np.ndarray, sent: float, intended: float) -> dict[str, float]:
+def _timings(times: list[float], tokens: np.ndarray, ready: int, sent: float, intended: float) -> dict[str, float]:
     nan = float("nan")
     names = ("ttft_ms", "ttft_intended_ms", "duration_ms", "tps_user", "e2e_tps", "itl_ms_p50", "itl_ms_p99")
     if not times:
         return dict.fromkeys(names, nan)
     first, last, total = times[0], times[-1], int(tokens.sum())
-    later = total - int(tokens[0])
-    span = last - first
+    later, span = total - int(tokens[:ready].sum()), last - times[ready - 1]
     gaps = np.diff(times)
     per_token = np.repeat(gaps * 1e3 / np.maximum(tokens[1:], 1), tokens[1:])
     values = (
         (first - sent) * 1e3,
         (first - intended) * 1e3,
         (last - sent) * 1e3,
-        later / span if later > 0 and span > 0 and not _is_burst(times) else nan,
+        later / span if later > 0 and span > 0 and not _is_burst(times, ready) else nan,
         total / (last - sent),
         float(np.median(per_token)) if len(per_token) else nan,
         float(np.percentile(per_token, 99)) if len(per_token) else nan,
@@ -341,9 +342,15 @@ def _timings(times: list[float], tokens: np.ndarray, sent: float, intended: floa
     return dict(zip(names, values, strict=True))
 
 
-def _is_burst(times: list[float]) -> bool:
-    """One read brought more than half of eight chunks or more: what is left of the time says nothing of the server."""
-    return len(times) >= BURST_CHUNKS and 2 * max(Counter(times).values()) > len(times)
+def _ready_with_first(times: list[float]) -> int:
+    """How many chunks were there when the first was read, itself included."""
+    return next((at for at in range(1, len(times)) if times[at] - times[at - 1] > READY_S), len(times))
+
+
+def _is_burst(times: list[float], ready: int) -> bool:
+    """Of eight chunks or more, more than half were ready with the first or fewer than four reads brought the others:
+    what is left of the time says nothing of the server."""
+    return len(times) >= BURST_CHUNKS and (2 * ready > len(times) or len(set(times[ready:])) < BURST_CHUNKS // 2)
 
 
 def speculation(usage: Mapping[str, Any]) -> dict[str, Any]:

@@ -53,8 +53,10 @@ def waterfall(
 def client_cycle_us(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Decode time over cycles, as the client saw it; None without speculation counts."""
     good = [row for row in rows if row["ok"] and row["cycles"] > 0 and not math.isnan(row["tps_user"])]
-    spans = sum((row["output_tokens"] - row["first_chunk_tokens"]) / row["tps_user"] for row in good)
-    cycles = sum(row["cycles"] for row in good)
+    later = [row["output_tokens"] - row["first_chunk_tokens"] for row in good]
+    spans = sum(tokens / row["tps_user"] for tokens, row in zip(later, good, strict=True))
+    # The first token is the prefill's; chunks that came with it hold cycles that no time was measured for.
+    cycles = sum(row["cycles"] * tokens / (row["output_tokens"] - 1) for tokens, row in zip(later, good, strict=True))
     return 1e6 * spans / cycles if cycles else None
 
 

@@ -80,6 +80,9 @@ def make_job(
             "cycle.us": {"predicted": 7600, "low": 6200, "high": 9400},
         },
         "stages": {"train_draft": 130, "validate": 60},
+        "devices": 2,
+        "holds_devices": ["train_draft", "validate"],
+        "price": {"per_device_hour": 4.5, "currency": "USD"},
     }
     last = _last_good(name, metrics, receipts) if last_good else None
     extra = {"build": BUILD, "receipts": receipts, "last_good": last, "prediction": prediction}

@@ -232,6 +232,17 @@ def test_an_answer_that_came_at_once_has_no_speed() -> None:
     assert np.isnan(row["tps_user"])
 
 
+def test_chunks_that_lay_ready_with_the_first_are_no_speed() -> None:
+    """The first token was read late, five more with it: only what came at the server's own pace is timed."""
+    words, times = "abcdefghijkl", [0.0] + [1.0 + 1e-5 * at for at in range(6)] + [1.5 + 0.25 * at for at in range(6)]
+    chunks = [chunk(event(f"{word} ") + (b"data: [DONE]\n\n" if word == "l" else b"")) for word in words]
+    exchange = Exchange(Ask("x", "p"), raw([HEAD, *chunks[:-1], chunks[-1] + b"0\r\n\r\n"]), 0.0)
+    exchange.raw.times_s = times
+    row = measure(exchange, count_words)
+    assert (row["findings"], row["first_chunk_tokens"]) == ("usage_missing", 6)
+    assert row["tps_user"] == pytest.approx(6 / (times[-1] - times[6])) and row["ttft_ms"] == pytest.approx(1000)
+
+
 def test_one_token_has_no_speed() -> None:
     row = measure(
         Exchange(Ask("x", "p"), raw([HEAD, chunk(event("a ") + b"data: [DONE]\n\n") + b"0\r\n\r\n"]), 0.0), count_words

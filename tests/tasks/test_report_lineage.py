@@ -8,6 +8,8 @@ import pytest
 
 from tasks.report import lineage
 from tasks.report.collect import collect
+from tasks.report.findings import findings
+from tasks.report.markdown import render as markdown
 from tests.tasks.report_data import make_job
 
 
@@ -51,3 +53,19 @@ def test_the_three_factors_multiply_to_the_change_of_speed() -> None:
 
 def test_a_factor_that_was_not_measured_leaves_the_change_whole() -> None:
     assert lineage.speed_split({"acceptance.length": 2.0}, {"acceptance.length": 2.5}) is None
+
+
+def test_a_stage_costs_the_time_of_the_devices_it_holds(tmp_path: Path) -> None:
+    report = collect(make_job(tmp_path))
+    rows = {row["stage"]: row for row in report["stages"]}
+    assert rows["train_draft"]["cost"] == pytest.approx(2 * 4.5 * 121.6 / 3600)
+    assert (rows["promote"]["cost"], rows["train_draft"]["currency"]) == (0.0, "USD")
+    assert "0.48 USD in all." in findings(report)["stages"] and "0.30 USD" in markdown(report)
+    assert lineage.stages([{"stage": "validate", "state": "built", "seconds": 9.0}], {})[0]["cost"] is None
+
+
+def test_only_the_record_s_own_model_is_held_to_the_record(tmp_path: Path) -> None:
+    report = collect(make_job(tmp_path))
+    assert "of the record" not in findings(report)["speed"]
+    report["provenance"]["spec"] = {"model": {"source": "hf://meta-llama/Llama-4-Maverick-17B-128E-Instruct"}}
+    assert "% of the record for one user, and" in findings(report)["speed"].replace(" %", "%")

@@ -92,3 +92,18 @@ def test_text_in_drawings_is_escaped() -> None:
     art.text(0, 0, "<script>")
     art.dot(1, 1, 1, "dot", "</title><script>")
     assert "<script>" not in art.svg() and xml.fromstring(art.svg()) is not None
+
+
+def test_one_value_far_out_does_not_press_the_others_into_a_bar() -> None:
+    values = [*(10_000.0 + 100 * at for at in range(20)), 300_000.0]
+    series = {
+        "label": "Speed",
+        "unit": "tokens/s",
+        "better": 1,
+        "values": values,
+        "p50": 11e3,
+        "p10": 10.2e3,
+        "p90": 11.8e3,
+    }
+    drawing = panels.histogram(series, 228)
+    assert drawing.count("<rect") >= 5 and "300,000" not in drawing
