@@ -17,7 +17,7 @@ from flows.rebuild import is_transient
 from specs.load import load_spec
 from specs.receipts import Receipt
 from tasks.predict.point import STAGE, WITH_POINT
-from tasks.runner import run_stage
+from tasks.runner import StageEvent, run_stage
 from tasks.store import Store, open_store
 
 BEFORE = ("download", "quantize", "synthesize", "train_draft", "build_engine")
@@ -27,6 +27,7 @@ BEFORE = ("download", "quantize", "synthesize", "train_draft", "build_engine")
 def measure(spec_path: str, overrides: list[str], store: Store, name: str) -> Receipt:
     """Build what the point shares with others once, then its bundle, then measure it."""
     spec, receipts, listen = load_spec(spec_path, overrides), {}, narrate()  # type: Any, dict[str, Receipt], Any
+    listen(StageEvent(name, "heading"))
     for stage in (*BEFORE, STAGE.name):
         receipts[stage] = run_stage(stage, spec, receipts, store, listen, registry=WITH_POINT)
     return receipts[STAGE.name]

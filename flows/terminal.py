@@ -29,8 +29,10 @@ class Terminal:
         self._task: TaskID | None = None
 
     def __call__(self, event: Any) -> None:
-        """One StageEvent: started, progress, note or finished."""
-        if event.kind == "started":
+        """One StageEvent: heading, started, progress, note or finished."""
+        if event.kind == "heading":
+            self.say(f"\n  [bold]{escape(event.stage)}[/]")
+        elif event.kind == "started":
             self._open(event.stage)
         elif event.kind in ("progress", "note"):
             self._advance(event)

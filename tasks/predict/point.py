@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from itertools import chain, zip_longest
 from typing import Any
 
 from specs.errors import InputError
 from tasks.job import Job, Progress
-from tasks.prompts import read_prompts, resolve
+from tasks.prompts import Prompt, read_prompts, resolve
 from tasks.stages import REGISTRY, Stage
 
-PROMPTS = 16  # of one pass
-ROUNDS = 3  # passes; the best counts, as in every bench of the engine
+PROMPTS = 16  # of one pass, the domains in turn
+ROUNDS, MEASURE_S = (
+    3,
+    5.0,
+)  # passes at least, and for at least so long; the best counts, as in every bench of the engine
 STAGE = Stage(
     "sweep_point",
     inputs=("build_engine",),
@@ -43,19 +47,27 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     users, limit = job.spec["engine"]["max_batch_size"], job.spec["validate"]["latency"]["max_new_tokens"]
     engine = Engine(job.inputs["build_engine"])
     try:
-        problems = read_prompts(resolve(job.spec["validate"]["accuracy"]["problems"], job))
+        problems = _in_turn(read_prompts(resolve(job.spec["validate"]["accuracy"]["problems"], job)))
         chats = [[{"role": "user", "content": problem.prompt}] for problem in problems[: max(PROMPTS, 2 * users)]]
         prompts = [engine.encode_chat(chat) for chat in chats]
-        alone, crowd = [], []
-        for turn in range(ROUNDS):
+        alone, crowd, started = [], [], time.monotonic()
+        while len(alone) < ROUNDS or time.monotonic() - started < MEASURE_S:
             alone.append(_one_user(engine, prompts[:PROMPTS], limit))
             crowd.append(_all_users(engine, prompts, users, limit))
-            progress(turn + 1, ROUNDS, "measured")
+            progress(min((time.monotonic() - started) / MEASURE_S, 1.0), 1.0, f"{len(alone)} passes")
     finally:
         engine.close()
     found = max(alone, key=lambda result: result["tps_user"]) | {"tps_server": max(crowd), "users": float(users)}
     (job.out / "point.json").write_text(json.dumps(found, indent=1))
     return {f"point.{name}": float(value) for name, value in found.items()}
+
+
+def _in_turn(problems: list[Prompt]) -> list[Prompt]:
+    """One of each domain, then the next of each: the first sixteen must not all be code."""
+    domains: dict[str, list[Prompt]] = {}
+    for problem in problems:
+        domains.setdefault(problem.domain, []).append(problem)
+    return [problem for problem in chain.from_iterable(zip_longest(*domains.values())) if problem is not None]
 
 
 def _one_user(engine: Any, prompts: list[list[int]], limit: int) -> dict[str, float]:

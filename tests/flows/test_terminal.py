@@ -22,6 +22,11 @@ def test_a_cached_stage_needs_no_reason(capsys: pytest.CaptureFixture[str]) -> N
     assert "unchanged" not in capsys.readouterr().err
 
 
+def test_a_heading_names_what_the_lines_below_are_of(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal()(StageEvent("draft_tokens=3 [8]", "heading"))
+    assert "draft_tokens=3 [8]" in capsys.readouterr().err
+
+
 def test_the_verdict_shows_acceptance_over_cycle() -> None:
     record = {
         "metrics": {"latency.tps_per_user.p50": 1000.0, "acceptance.length": 2.5},
