@@ -40,7 +40,7 @@ _RESULT_GRACE_S = 60.0  # for a child that has sent its result to let go of thre
 
 @dataclass(frozen=True)
 class StageEvent:
-    """What a run shows: `kind` is heading (of the stages that follow), started, progress, note or finished; a stage that
+    """What a run shows: `kind` is heading (of what follows), started, progress, note or finished; a stage that
     fails raises."""
 
     stage: str
