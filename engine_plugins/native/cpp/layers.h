@@ -49,13 +49,14 @@ struct Prologue {
   }
 };
 
-// How a number of equal pieces is cut: a few chunks per thread, so that stealing can even out.
+// How a number of equal pieces, each of some groups of outputs, is cut: up to four chunks per thread, so that stealing can even
+// out, as long as a chunk has eight groups. Tiles of fewer wait for their own sums.
 struct Cut {
   int per_chunk, chunks, pieces;
-  Cut(const Engine& e, int pieces_, int at_least) : pieces(pieces_) {
-    const int wanted = pool_threads(e.pool) * 4;
-    per_chunk = (pieces + wanted - 1) / wanted;
-    per_chunk = (per_chunk + at_least - 1) / at_least * at_least;
+  Cut(const Engine& e, int pieces_, int groups_each) : pieces(pieces_) {
+    const int threads = pool_threads(e.pool), share = (pieces + threads - 1) / threads, full = share * groups_each / 8;
+    const int cuts = full < 1 ? 1 : full < 4 ? full : 4;
+    per_chunk = (share + cuts - 1) / cuts;
     chunks = (pieces + per_chunk - 1) / per_chunk;
   }
   int first(int chunk) const { return chunk * per_chunk; }
@@ -83,47 +84,46 @@ static int tile_rows(const Rows& rows, RowTile* tiles) {
   return count;
 }
 
-static void attention_block(Engine& e, const Attention& a, const Matrix& qkv, const Matrix& o, const CacheView& cache, bool rope,
-                            const Rows& rows, const RowTile* tiles, int num_tiles, Group group, float* residual,
-                            void (*prepare)(Engine&, const void*, const Rows&, float*), const void* context) {
-  const bool drafting = group == kDraft;
-  const int in = qkv.k, D = a.head_dim, width = a.heads * D, heads = a.heads + 2 * a.kv_heads;
-  {
-    Prologue prologue(e, group);
-    Cut cut(e, heads, 1);
-    auto run = [&](int chunk, int thread) {
-      float* x = e.scratch[thread];
-      prologue.once(thread, [&] { prepare(e, context, rows, x); });
-      RowPointers p(x, in, rows.count);
-      const int end = cut.end(chunk), block = e.hidden > D ? e.hidden / D : 1;  // as many as the scratch holds
-      for (int head = cut.first(chunk); head < end; head += block)
-        qkv_attn_scaling(qkv, a, cache, rope, head, end - head < block ? end - head : block, p.at, rows, e.score_scratch[thread], e.q);
-    };
-    phase(e, drafting ? kDraft : kQkv, cut.chunks, run);
-  }
-  {
-    auto run = [&](int chunk, int thread) {
-      attention_decode(a, cache, rope, tiles[chunk / a.kv_heads], chunk % a.kv_heads, rows, e.q, o.inv_input_scale,
-                       e.score_scratch[thread], e.attended);
-    };
-    phase(e, drafting ? kDraft : kAttention, num_tiles * a.kv_heads, run);
-  }
-  {
-    Cut cut(e, o.n / kLanes, 2);
-    const int H = e.hidden;
-    auto run = [&](int chunk, int thread) {
-      const int g0 = cut.first(chunk), groups = cut.end(chunk) - g0, columns = groups * kLanes;
-      float* tile = e.score_scratch[thread];
-      RowPointers p(e.attended, width, rows.count);
-      gemm_low_latency(o, 0, g0, groups, p.at, rows.count, tile, columns);
-      for (int r = 0; r < rows.count; ++r)
-        for (int c = 0; c < columns; c += kLanes) {
-          float* to = residual + (size_t)r * H + g0 * kLanes + c;
-          vstore(to, vadd(vload(to), vload(tile + (size_t)r * columns + c)));
-        }
-    };
-    phase(e, drafting ? kDraft : kO, cut.chunks, run);
-  }
+// Heads from `first_head` on (queries, keys, values) of all rows: queries to e.q, keys and values to the cache.
+static void qkv_block(Engine& e, const Attention& a, const Matrix& qkv, const CacheView& cache, bool rope, const Rows& rows, int first_head,
+                      Group group, void (*prepare)(Engine&, const void*, const Rows&, float*), const void* context) {
+  const int in = qkv.k, D = a.head_dim, heads = a.heads + 2 * a.kv_heads - first_head;
+  Prologue prologue(e, group);
+  Cut cut(e, heads, D / kLanes);
+  auto run = [&](int chunk, int thread) {
+    float* x = e.scratch[thread];
+    prologue.once(thread, [&] { prepare(e, context, rows, x); });
+    RowPointers p(x, in, rows.count);
+    const int end = cut.end(chunk), block = e.hidden > D ? e.hidden / D : 1;  // as many as the scratch holds
+    for (int head = cut.first(chunk); head < end; head += block)
+      qkv_attn_scaling(qkv, a, cache, rope, first_head + head, end - head < block ? end - head : block, p.at, rows,
+                       e.score_scratch[thread], e.q);
+  };
+  phase(e, group, cut.chunks, run);
+}
+
+// residual += o(attention of e.q over the cache)
+static void attention_block(Engine& e, const Attention& a, const Matrix& o, const CacheView& cache, bool rope, const Rows& rows,
+                            const RowTile* tiles, int num_tiles, Group attention_group, Group o_group, float* residual) {
+  const int width = a.heads * a.head_dim, H = e.hidden;
+  auto attend = [&](int chunk, int thread) {
+    attention_decode(a, cache, rope, tiles[chunk / a.kv_heads], chunk % a.kv_heads, rows, e.q, o.inv_input_scale, e.score_scratch[thread],
+                     e.attended);
+  };
+  phase(e, attention_group, num_tiles * a.kv_heads, attend);
+  Cut cut(e, o.n / kLanes, 1);
+  auto run = [&](int chunk, int thread) {
+    const int g0 = cut.first(chunk), groups = cut.end(chunk) - g0, columns = groups * kLanes;
+    float* tile = e.score_scratch[thread];
+    RowPointers p(e.attended, width, rows.count);
+    gemm_low_latency(o, 0, g0, groups, p.at, rows.count, tile, columns);
+    for (int r = 0; r < rows.count; ++r)
+      for (int c = 0; c < columns; c += kLanes) {
+        float* to = residual + (size_t)r * H + g0 * kLanes + c;
+        vstore(to, vadd(vload(to), vload(tile + (size_t)r * columns + c)));
+      }
+  };
+  phase(e, o_group, cut.chunks, run);
 }
 
 static void prepare_layer(Engine& e, const void* context, const Rows& rows, float* x) {
@@ -137,7 +137,7 @@ static void dense_block(Engine& e, const Matrix& gate_up, const Matrix& down, co
   const int H = e.hidden;
   {
     Prologue prologue(e, group);
-    Cut cut(e, gate_up.n / (2 * kLanes), 1);
+    Cut cut(e, gate_up.n / (2 * kLanes), 2);
     auto run = [&](int chunk, int thread) {
       float* x = e.scratch[thread];
       prologue.once(thread, [&] {
@@ -149,7 +149,7 @@ static void dense_block(Engine& e, const Matrix& gate_up, const Matrix& down, co
     phase(e, group, cut.chunks, run);
   }
   {
-    Cut cut(e, down.n / kLanes, 2);
+    Cut cut(e, down.n / kLanes, 1);
     auto run = [&](int chunk, int thread) {
       const int g0 = cut.first(chunk), groups = cut.end(chunk) - g0, columns = groups * kLanes;
       float* tile = e.score_scratch[thread];
@@ -180,7 +180,7 @@ static void moe_block(Engine& e, const Layer& layer, int rows) {
   const int width = layer.gate_up.n / 2;
   {
     Prologue prologue(e, kMoe);
-    Cut cut(e, width / kLanes, 1);
+    Cut cut(e, width / kLanes, 4);
     auto run = [&](int chunk, int thread) {
       float *x = e.scratch[thread], *routed = x + (size_t)e.max_rows * H;
       int* order = e.expert_scratch[thread];
@@ -245,7 +245,7 @@ static void head_block(Engine& e, const Matrix& head, const float* norm, float e
   if (count == 0) return;
   const int H = e.hidden;
   Prologue prologue(e, group);
-  Cut cut(e, head.n / kLanes, 2);
+  Cut cut(e, head.n / kLanes, 1);
   auto run = [&](int chunk, int thread) {
     float* x = e.scratch[thread];
     prologue.once(thread, [&] {
@@ -281,7 +281,8 @@ static void target_forward(Engine& e) {
       unfused_layer(e, layer, cache, tiles, num_tiles);
       continue;
     }
-    attention_block(e, e.attention, layer.qkv, layer.o, cache, layer.rope, rows, tiles, num_tiles, kQkv, e.residual, prepare_layer, &layer);
+    qkv_block(e, e.attention, layer.qkv, cache, layer.rope, rows, 0, kQkv, prepare_layer, &layer);
+    attention_block(e, e.attention, layer.o, cache, layer.rope, rows, tiles, num_tiles, kAttention, kO, e.residual);
     if (layer.moe) moe_block(e, layer, rows.count);
     else dense_block(e, layer.gate_up, layer.down, layer.post_norm, e.eps, rows.count, e.residual, layer.capture, kMlp);
   }
@@ -305,7 +306,7 @@ static void prepare_draft(Engine& e, const void*, const Rows& rows, float* x) {
 // draft_hidden[r] = fc(features of row draft_source[r])
 static void draft_combine(Engine& e) {
   const int H = e.hidden, rows = e.draft_rows.count, width = e.num_captures * H;
-  Cut cut(e, e.draft.fc.n / kLanes, 2);
+  Cut cut(e, e.draft.fc.n / kLanes, 1);
   auto run = [&](int chunk, int) {
     RowPointers p;
     for (int r = 0; r < rows; ++r) p.at[r] = e.features + (size_t)e.draft_source[r] * width;
@@ -315,15 +316,34 @@ static void draft_combine(Engine& e) {
   phase(e, kDraft, cut.chunks, run);
 }
 
-// One pass of the head over e.draft_rows (token = the one after the row's position); draft_hidden is replaced by its output.
+// Rows without logits leave only their keys and values behind: the others move to the front, and only they go on.
+static void keep_logit_rows(Engine& e, Rows& rows) {
+  const size_t H = e.hidden, width = (size_t)e.draft_attention.heads * e.draft_attention.head_dim;
+  for (int i = 0; i < rows.num_logits; ++i) {
+    const int from = rows.logit_row[i];
+    rows.logit_row[i] = i;
+    if (from == i) continue;
+    rows.slot[i] = rows.slot[from], rows.position[i] = rows.position[from], rows.token[i] = rows.token[from];
+    memcpy(e.q + i * width, e.q + from * width, sizeof(float) * width);
+    memcpy(e.draft_hidden + i * H, e.draft_hidden + from * H, sizeof(float) * H);
+  }
+  rows.count = rows.num_logits;
+}
+
+// One pass of the head over e.draft_rows (token = the one after the row's position); the first draft_hidden rows become its output
+// for the rows that asked for logits.
 static void draft_forward(Engine& e) {
   const Draft& d = e.draft;
-  RowTile tiles[kMaxRows];
-  const int num_tiles = tile_rows(e.draft_rows, tiles);
+  Rows& rows = e.draft_rows;
   const CacheView cache{d.k_cache, d.v_cache, e.draft_cache_stride, 1.0f, 1.0f};
-  attention_block(e, e.draft_attention, d.qkv, d.o, cache, true, e.draft_rows, tiles, num_tiles, kDraft, e.draft_hidden, prepare_draft, nullptr);
-  dense_block(e, d.gate_up, d.down, d.post_norm, d.eps, e.draft_rows.count, e.draft_hidden, -1, kDraft);
-  head_block(e, d.lm_head, d.norm, d.eps, e.draft_hidden, e.draft_rows.logit_row, e.draft_rows.num_logits, e.draft_logits, d.lm_head.n, kDraft);
+  qkv_block(e, e.draft_attention, d.qkv, cache, true, rows, rows.num_logits ? 0 : e.draft_attention.heads, kDraft, prepare_draft, nullptr);
+  keep_logit_rows(e, rows);
+  if (!rows.count) return;
+  RowTile tiles[kMaxRows];
+  const int num_tiles = tile_rows(rows, tiles);
+  attention_block(e, e.draft_attention, d.o, cache, true, rows, tiles, num_tiles, kDraft, kDraft, e.draft_hidden);
+  dense_block(e, d.gate_up, d.down, d.post_norm, d.eps, rows.count, e.draft_hidden, -1, kDraft);
+  head_block(e, d.lm_head, d.norm, d.eps, e.draft_hidden, rows.logit_row, rows.num_logits, e.draft_logits, d.lm_head.n, kDraft);
 }
 
 }  // namespace KILOTOK_NAMESPACE

@@ -27,8 +27,12 @@ struct alignas(64) Done {
   std::atomic<uint64_t> count{0};
 };
 
+// Nearest even, subnormals kept: some libraries switch them off for the threads of whoever loads them, and bits would depend on it.
+constexpr unsigned kFloatRules = 0x1F80;
+
 struct Pool {
   int threads = 1;
+  unsigned caller_rules = kFloatRules;
   Claim claims[kMaxThreads];
   Done done[kMaxThreads];
   alignas(64) void (*fn)(void*, int, int) = nullptr;
@@ -74,6 +78,7 @@ static void worker(Pool* p, int self) {
   prctl(PR_SET_NAME, "kilotok-step");
   int self_tid = static_cast<int>(syscall(SYS_gettid));
   setpriority(PRIO_PROCESS, self_tid, getpriority(PRIO_PROCESS, self_tid) + 10);  // see YIELDS in scheduler.py
+  _mm_setcsr(kFloatRules);
   int idle = 0;
   while (!p->stop.load(std::memory_order_relaxed)) {
     if (claim_any(p, self)) {
@@ -116,11 +121,16 @@ void pool_delete(Pool* p) {
 int pool_threads(const Pool* p) { return p->threads; }
 
 void pool_begin_cycle(Pool* p) {
+  p->caller_rules = _mm_getcsr();
+  _mm_setcsr(kFloatRules);
   p->in_cycle.store(1);
   wake_sleepers(p);
 }
 
-void pool_end_cycle(Pool* p) { p->in_cycle.store(0); }
+void pool_end_cycle(Pool* p) {
+  p->in_cycle.store(0);
+  _mm_setcsr(p->caller_rules);
+}
 
 void pool_run(Pool* p, void (*fn)(void*, int, int), void* context, int num_chunks) {
   if (p->threads == 1 || num_chunks == 1) {

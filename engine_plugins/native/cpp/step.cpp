@@ -186,7 +186,7 @@ static void forced(Engine& e, int slot, const int32_t* tokens, int count, int wh
 // y = x w for the op bench and the kernel tests; x is fp32 and rounded here when the matrix asks for it.
 static void gemm(Engine& e, const Matrix& m, const float* x, int rows, float* y) {
   Prologue prologue(e, kHost);
-  Cut cut(e, m.n / kLanes, 2);
+  Cut cut(e, m.n / kLanes, 1);
   auto run = [&](int chunk, int thread) {
     float* rounded = e.scratch[thread];
     prologue.once(thread, [&] {

@@ -30,7 +30,7 @@ static void op_quantize(Engine& e, Group group, const Matrix& next, int rows, fl
 // y[r][0 .. 16*groups) = x[r] times groups first, first + every, ... of a matrix of a stack.
 static void op_gemm(Engine& e, Group group, const Matrix& m, int index, int first, int every, int groups, const float* x, size_t stride,
                     int rows, float* y, int ldy) {
-  Cut cut(e, groups, 2);
+  Cut cut(e, groups, 1);
   auto run = [&](int chunk, int) {
     RowPointers p(x, stride, rows);
     const int g = cut.first(chunk);

@@ -26,6 +26,8 @@ using namespace kilotok;
 constexpr int kMaxTileRows = 8;
 constexpr bool kWide = true;
 using V = __m512;
+using Register = __m512;
+constexpr int kRegisters = 1;  // of one V
 KT_INLINE V vzero() { return _mm512_setzero_ps(); }
 KT_INLINE V vset1(float x) { return _mm512_set1_ps(x); }
 KT_INLINE V vload(const float* p) { return _mm512_loadu_ps(p); }
@@ -38,22 +40,32 @@ KT_INLINE V vmax(V a, V b) { return _mm512_max_ps(a, b); }
 KT_INLINE V vmin(V a, V b) { return _mm512_min_ps(a, b); }
 KT_INLINE V vfma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 KT_INLINE V vround(V a) { return _mm512_roundscale_ps(a, 8); }
+KT_INLINE __m256 vlow(V x) { return _mm512_castps512_ps256(x); }
+KT_INLINE __m256 vhigh(V x) { return _mm512_extractf32x8_ps(x, 1); }
+KT_INLINE V vlanes(V x, int low, int high, float other) {  // lanes low .. high of x, `other` elsewhere
+  const int upto = high < 0 ? 0 : high > 14 ? 0xFFFF : (2 << high) - 1, below = low < 1 ? 0 : low > 15 ? 0xFFFF : (1 << low) - 1;
+  return _mm512_mask_mov_ps(_mm512_set1_ps(other), (__mmask16)(upto & ~below), x);
+}
 KT_INLINE V vpow2(V n) {  // 2^n for integral n in -126..127
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 KT_INLINE V vbf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-KT_INLINE void vdecode_fp8(const uint8_t* p, V& even, V& odd) {
-  const __m256i mask = _mm256_set1_epi16((short)0xBF80);
+KT_INLINE void vsplit(V x, Register* to) { to[0] = x; }
+KT_INLINE V vjoin(const Register* from) { return from[0]; }
+KT_INLINE V vjoin_rounded(const Register* from) { return from[0]; }
+KT_INLINE void vmac(Register* sum, const float* x, const Register* w) { sum[0] = vfma(vset1(*x), w[0], sum[0]); }
+// Sixteen weights: of the even or of the odd input of a pair.
+KT_INLINE void vdecode_fp8(const uint8_t* p, bool odd, Register* to) {
   __m256i word = _mm256_loadu_si256((const __m256i*)p);
-  even = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(word, 8), 1), mask));
-  odd = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), mask));
+  if (!odd) word = _mm256_slli_epi16(word, 8);
+  to[0] = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16((short)0xBF80)));
 }
-KT_INLINE void vdecode_bf16(const uint8_t* p, V& even, V& odd) {
-  __m512i word = _mm512_loadu_si512(p);
-  even = _mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
-  odd = _mm512_castsi512_ps(_mm512_and_si512(word, _mm512_set1_epi32((int)0xFFFF0000)));
+KT_INLINE void vdecode_rounded(const uint8_t* p, bool odd, Register* to) { vdecode_fp8(p, odd, to); }
+KT_INLINE void vdecode_bf16(const uint8_t* p, bool odd, Register* to) {
+  const __m512i word = _mm512_loadu_si512(p);
+  to[0] = _mm512_castsi512_ps(odd ? _mm512_and_si512(word, _mm512_set1_epi32((int)0xFFFF0000)) : _mm512_slli_epi32(word, 16));
 }
 KT_INLINE V vround_e4m3(V x) {  // to the E4M3 grid, nearest even; |x| <= 448 already
   __m512i bits = _mm512_castps_si512(x);
@@ -70,6 +82,8 @@ constexpr bool kWide = false;
 struct V {
   __m256 a, b;
 };
+using Register = __m256;
+constexpr int kRegisters = 2;
 KT_INLINE V vzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 KT_INLINE V vset1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 KT_INLINE V vload(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -82,6 +96,16 @@ KT_INLINE V vmax(V x, V y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b,
 KT_INLINE V vmin(V x, V y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 KT_INLINE V vfma(V x, V y, V z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 KT_INLINE V vround(V x) { return {_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; }
+KT_INLINE __m256 vlow(V x) { return x.a; }
+KT_INLINE __m256 vhigh(V x) { return x.b; }
+KT_INLINE __m256 half_lanes(__m256 x, int low, int high, float other) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(low), lane), _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(high)));
+  return _mm256_blendv_ps(x, _mm256_set1_ps(other), _mm256_castsi256_ps(outside));
+}
+KT_INLINE V vlanes(V x, int low, int high, float other) {  // lanes low .. high of x, `other` elsewhere
+  return {half_lanes(x.a, low, high, other), half_lanes(x.b, low - 8, high - 8, other)};
+}
 KT_INLINE __m256 half_pow2(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
@@ -90,20 +114,38 @@ KT_INLINE __m256 half_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 KT_INLINE V vbf16(const uint16_t* p) { return {half_bf16(p), half_bf16(p + 8)}; }
-KT_INLINE V from_fp16(__m256i h) {
-  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+KT_INLINE void vsplit(V x, Register* to) { to[0] = x.a, to[1] = x.b; }
+KT_INLINE V vjoin(const Register* from) { return {from[0], from[1]}; }
+KT_INLINE void vmac(Register* sum, const float* x, const Register* w) {
+  const __m256 input = _mm256_broadcast_ss(x);
+  sum[0] = _mm256_fmadd_ps(input, w[0], sum[0]);
+  sum[1] = _mm256_fmadd_ps(input, w[1], sum[1]);
 }
-KT_INLINE void vdecode_fp8(const uint8_t* p, V& even, V& odd) {
-  const __m256i mask = _mm256_set1_epi16((short)0xBF80);
+KT_INLINE void vdecode_fp8(const uint8_t* p, bool odd, Register* to) {
   __m256i word = _mm256_loadu_si256((const __m256i*)p);
-  even = from_fp16(_mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(word, 8), 1), mask));
-  odd = from_fp16(_mm256_and_si256(_mm256_srai_epi16(word, 1), mask));
+  if (!odd) word = _mm256_slli_epi16(word, 8);
+  word = _mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16((short)0xBF80));
+  to[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(word)), to[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(word, 1));
 }
-KT_INLINE void vdecode_bf16(const uint8_t* p, V& even, V& odd) {
-  const __m256i mask = _mm256_set1_epi32((int)0xFFFF0000);
-  __m256i low = _mm256_loadu_si256((const __m256i*)p), high = _mm256_loadu_si256((const __m256i*)(p + 32));
-  even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-  odd = {_mm256_castsi256_ps(_mm256_and_si256(low, mask)), _mm256_castsi256_ps(_mm256_and_si256(high, mask))};
+// Faster where all products are of E4M3 values: the code's bits as BF16 are the value times 2^-120, in float's subnormals too, and
+// sums of such products stay exact there. Register 0 has the even lanes, 1 the odd ones; vjoin_rounded undoes both.
+KT_INLINE void vdecode_rounded(const uint8_t* p, bool odd, Register* to) {
+  __m256i word = _mm256_loadu_si256((const __m256i*)p);
+  if (!odd) word = _mm256_slli_epi16(word, 8);
+  word = _mm256_and_si256(_mm256_srai_epi16(word, 4), _mm256_set1_epi16((short)0x87F0));
+  to[0] = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
+  to[1] = _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32((int)0xFFFF0000)));
+}
+KT_INLINE V vjoin_rounded(const Register* from) {
+  const __m256 up = _mm256_set1_ps(5.192296858534828e33f);  // 2^112: what is left is 2^-8, as with the other decode
+  const __m256 low = _mm256_unpacklo_ps(from[0], from[1]), high = _mm256_unpackhi_ps(from[0], from[1]);
+  return {_mm256_mul_ps(_mm256_permute2f128_ps(low, high, 0x20), up), _mm256_mul_ps(_mm256_permute2f128_ps(low, high, 0x31), up)};
+}
+KT_INLINE void vdecode_bf16(const uint8_t* p, bool odd, Register* to) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i word = _mm256_loadu_si256((const __m256i*)(p + 32 * i));
+    to[i] = _mm256_castsi256_ps(odd ? _mm256_and_si256(word, _mm256_set1_epi32((int)0xFFFF0000)) : _mm256_slli_epi32(word, 16));
+  }
 }
 KT_INLINE __m256 half_round_e4m3(__m256 x) {
   __m256i bits = _mm256_castps_si256(x);
@@ -154,28 +196,24 @@ KT_INLINE void vdecode_dot(const DotTables& t, __m512i codes, __m512bh& first, _
   first = (__m512bh)_mm512_unpacklo_epi8(low, high);
   second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
-KT_INLINE V vdot(V sum, const float* row, int pair, __m512bh weights) {
-  return _mm512_dpbf16_ps(sum, weights, (__m512bh)_mm512_set1_epi32(((const int32_t*)row)[pair]));
-}
 #else
 constexpr bool kDot = false;
 KT_INLINE void vstore_rounded(float* row, int at, V x) { vstore(row + at, x); }
 #endif
 
-KT_INLINE float vsum(V x) {  // fixed order: pairs of halves
-  float lanes[16];
-  vstore(lanes, x);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+// Lanes are joined in one fixed order: halves, quarters, pairs.
+KT_INLINE float vsum(V x) {
+  const __m256 eight = _mm256_add_ps(vlow(x), vhigh(x));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 KT_INLINE float vmax_lane(V x) {
-  float lanes[16];
-  vstore(lanes, x);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+  const __m256 eight = _mm256_max_ps(vlow(x), vhigh(x));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 // exp with about 1 ulp: 2^n times a degree-6 polynomial (Cephes). Below -87 it gives 0 exactly.

@@ -19,21 +19,15 @@ struct RowTile {
 
 // Softmax over x[0, size); only [low, high] is visible, the rest becomes 0. Returns 1 / sum.
 static float softmax_visible(float* x, int size, int low, int high, float scale) {
-  const float minus = -INFINITY;
-  for (int i = 0; i < low; ++i) x[i] = minus;
-  for (int i = high + 1; i < size; ++i) x[i] = minus;
-  V best = vset1(minus);
-  for (int i = 0; i < size; i += kLanes) best = vmax(best, vload(x + i));
+  auto hidden = [&](int i) { return i < low || i + kLanes > high + 1; };  // some of these sixteen are
+  V best = vset1(-INFINITY);
+  for (int i = 0; i < size; i += kLanes) best = vmax(best, hidden(i) ? vlanes(vload(x + i), low - i, high - i, -INFINITY) : vload(x + i));
   const V top = vset1(vmax_lane(best)), factor = vset1(scale);
   V sum = vzero();
   for (int i = 0; i < size; i += kLanes) {
     V p = vexp(vmul(vsub(vload(x + i), top), factor));
+    if (hidden(i)) p = vlanes(p, low - i, high - i, 0.0f);
     vstore(x + i, p);
-    if (i < low || i + kLanes > high + 1) {  // vexp keeps exp(-87) for -inf: make it an exact zero
-      for (int lane = 0; lane < kLanes; ++lane)
-        if (i + lane < low || i + lane > high) x[i + lane] = 0.0f;
-      p = vload(x + i);
-    }
     sum = vadd(sum, p);
   }
   return 1.0f / vsum(sum);

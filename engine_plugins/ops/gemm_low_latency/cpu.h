@@ -13,56 +13,85 @@ namespace KILOTOK_NAMESPACE {
 constexpr int kRounded = 2;  // FP8 weights whose rows are on the E4M3 grid too (vstore_rounded)
 
 template <int DT, int MR, int NG>
-KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const float* const* x, float* out, int ldo) {
+KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const float* const* rows, float* out, int ldo) {
   constexpr int step = DT == kBf16 ? 64 : 32;
-  V acc[NG][MR];
+  Register acc[NG][MR][kRegisters], weights[kRegisters];
+  const float* x[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) x[m] = rows[m];
+#pragma GCC unroll 8
   for (int g = 0; g < NG; ++g)
-    for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) vsplit(vzero(), acc[g][m]);
   for (int p = 0; p < pairs; ++p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int g = 0; g < NG; ++g) {
       const uint8_t* at = w + g * group_bytes + (size_t)p * step;
       if (kWide || MR <= 4) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
-      V even, odd;
-      if (DT == kBf16) vdecode_bf16(at, even, odd);
-      else vdecode_fp8(at, even, odd);
+#pragma GCC unroll 2
+      for (int odd = 1; odd >= 0; --odd) {  // one after the other: decoded side by side they need more registers than there are
+        if (DT == kBf16) vdecode_bf16(at, odd, weights);
+        else if (DT == kRounded) vdecode_rounded(at, odd, weights);
+        else vdecode_fp8(at, odd, weights);
 #pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[g][m] = vfma(vset1(x[m][2 * p + 1]), odd, acc[g][m]);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[g][m] = vfma(vset1(x[m][2 * p]), even, acc[g][m]);
+        for (int m = 0; m < MR; ++m) vmac(acc[g][m], x[m] + 2 * p + odd, weights);
+      }
     }
   }
+#pragma GCC unroll 8
   for (int g = 0; g < NG; ++g)
-    for (int m = 0; m < MR; ++m) vstore(out + m * ldo + g * kLanes, acc[g][m]);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) vstore(out + m * ldo + g * kLanes, DT == kRounded ? vjoin_rounded(acc[g][m]) : vjoin(acc[g][m]));
 }
 
 #ifdef __AVX512BF16__
+// Two groups by MR rows: a row's input is broadcast once for both. More at a time, and the sums would no longer fit the registers.
+template <int MR, int NG, int G>
+KT_INLINE void dot_pair(V (&acc)[NG][MR], const float* (&x)[MR], int pair, __m512bh left, __m512bh right) {
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+    const __m512bh input = (__m512bh)_mm512_set1_epi32(((const int32_t*)x[m])[pair]);
+    acc[G][m] = _mm512_dpbf16_ps(acc[G][m], left, input);
+    if (G + 1 < NG) acc[G + 1][m] = _mm512_dpbf16_ps(acc[G + 1][m], right, input);
+  }
+}
+
+// The groups from G on, over one or (Two) two pairs of inputs.
+template <int MR, int NG, bool Two, int G = 0>
+KT_INLINE void dot_groups(const DotTables& tables, const uint8_t* w, size_t group_bytes, V (&acc)[NG][MR], const float* (&x)[MR],
+                          int pair) {
+  __m512bh first[2], second[2];
+#pragma GCC unroll 2
+  for (int g = 0; g < 2 && G + g < NG; ++g) {
+    const uint8_t* at = w + (G + g) * group_bytes;
+    if (Two) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
+    vdecode_dot(tables, Two ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi64(0x0F, at), first[g], second[g]);
+  }
+  dot_pair<MR, NG, G>(acc, x, pair, first[0], first[1]);
+  if (Two) dot_pair<MR, NG, G>(acc, x, pair + 1, second[0], second[1]);
+  if constexpr (G + 2 < NG) {
+    asm volatile("" ::: "memory");  // broadcast again instead of keeping all rows' inputs in registers
+    dot_groups<MR, NG, Two, G + 2>(tables, w, group_bytes, acc, x, pair);
+  }
+}
+
 template <int MR, int NG>
-KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_bytes, int pairs, const float* const* x, float* out,
+KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_bytes, int pairs, const float* const* rows, float* out,
                         int ldo) {
   V acc[NG][MR];
-  __m512bh first, second;
+  const float* x[MR];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) x[m] = rows[m];
 #pragma GCC unroll 8
   for (int g = 0; g < NG; ++g)
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
   int p = 0;
-  for (; p + 2 <= pairs; p += 2) {
+  for (; p + 2 <= pairs; p += 2) dot_groups<MR, NG, true>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
+  if (p < pairs) dot_groups<MR, NG, false>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
 #pragma GCC unroll 8
-    for (int g = 0; g < NG; ++g) {
-      const uint8_t* at = w + g * group_bytes + (size_t)p * 32;
-      _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
-      vdecode_dot(tables, _mm512_loadu_si512(at), first, second);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p, first);
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p + 1, second);
-    }
-  }
-  for (int g = 0; p < pairs && g < NG; ++g) {
-    vdecode_dot(tables, _mm512_maskz_loadu_epi64(0x0F, w + g * group_bytes + (size_t)p * 32), first, second);
-    for (int m = 0; m < MR; ++m) acc[g][m] = vdot(acc[g][m], x[m], p, first);
-  }
   for (int g = 0; g < NG; ++g)
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) vstore(out + m * ldo + g * kLanes, acc[g][m]);
 }
 #endif
