@@ -47,8 +47,9 @@ def nightly(spec: str, store: str = "", night: str = "") -> Any:
         step(tonight, "measure")
         step(tonight, "conclude")
     name, summary = tonight.record["state"].capitalize(), tonight.record["summary"]
-    ending = Failed if tonight.record["state"] == "kept" else Completed
-    return ending(name=name, message=summary, data=tonight.record)
+    if tonight.record["state"] == "kept":
+        return Failed(name=name, message=summary)  # of a failed state Prefect wants no result but an error
+    return Completed(name=name, message=summary, data=tonight.record)
 
 
 def publish(tonight: nights.Night) -> None:

@@ -34,7 +34,7 @@ class Build:
     def __init__(self, spec: Spec, store: Store, listen: Listener, build_id: str = "") -> None:
         self.spec, self.store, self.listen = spec, store, listen
         self.id = build_id or new_build_id()
-        self.started = time.time()
+        self.started, self._began = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
         self.receipts: dict[str, Receipt] = {}
         self.last_good: dict[str, Any] | None = store.read_json(f"last_good/{spec.name}")
         self.forecast = forecast(spec, store)
@@ -87,10 +87,8 @@ class Build:
             "build": self.id,
             "spec": self.spec.name,
             "since": self.since(),
-            "started": datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc).isoformat(
-                timespec="seconds"
-            ),
-            "seconds": round(time.time() - self.started, 3),
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._began, 3),
             "stages": [_stage_row(receipt) for receipt in self.receipts.values()],
             "metrics": metrics,
             "gates": self.outcome().get("gates", []) if "validate" in self.receipts and error is None else [],

@@ -149,7 +149,8 @@ def lock(arguments: argparse.Namespace) -> int:
 
     spec = load_spec(Path(arguments.spec), arguments.overrides)
     locked = make_lock(spec, Progress())
-    print(f"locked {spec.name}: {len(locked.files)} files at {locked.revision} -> {write_lock(spec, locked)}")
+    revision = f" at {locked.revision}" if locked.revision else ""  # a folder has none
+    print(f"locked {spec.name}: {len(locked.files)} files{revision} -> {write_lock(spec, locked)}")
     return 0
 
 

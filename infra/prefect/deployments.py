@@ -2,7 +2,7 @@
 
 `rebuild/<spec>` for every spec, run when asked; `nightly/<spec>` for each with a `nightly:` section, run by its cron.
 Code is pulled from Git by branch at every run, into a folder that stays: a live server runs from it. Where from and
-where to are read from the environment when deploying; `setup.py` fills in what is not set.
+where to are variables of the Prefect server, set by `setup.py`, so that `prefect deploy --all` is the same anywhere.
 Run it after adding or renaming a spec: `python infra/prefect/deployments.py --write`.
 """
 
@@ -20,8 +20,8 @@ from specs.schema import Spec
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = """\
 # Written by `python infra/prefect/deployments.py --write` from specs/*.yaml; a test holds it in step.
-# Deploy: `python infra/prefect/setup.py`, which is idempotent. It sets KILOTOK_REPOSITORY, KILOTOK_BRANCH, KILOTOK_HOME
-# and KILOTOK_STORE where they are not set, creates pools and automations, runs `prefect deploy --all`, and prunes.
+# Deploy: `python infra/prefect/setup.py`, which is idempotent. It sets the server's variables kilotok_repository,
+# _branch, _home and _store, creates pools and automations, runs `prefect deploy --all`, and prunes.
 """
 DEFAULT_POOL = "orchestrator"
 
@@ -29,8 +29,8 @@ DEFAULT_POOL = "orchestrator"
 def render(specs: list[Path]) -> str:
     """The whole file as text."""
     clone = {
-        "repository": "{{ $KILOTOK_REPOSITORY }}",
-        "branch": "{{ $KILOTOK_BRANCH }}",
+        "repository": "{{ prefect.variables.kilotok_repository }}",
+        "branch": "{{ prefect.variables.kilotok_branch }}",
         "clone_directory_name": "checkout",  # never the store: a broken pull deletes the clone and clones again
     }
     document = {
@@ -61,8 +61,8 @@ def entry(path: Path, spec: Spec, flow: str, description: str) -> dict[str, Any]
         "entrypoint": f"flows/{flow}.py:{flow}",
         "description": description,
         "tags": ["kilotok", flow, spec.engine.backend],
-        "parameters": {"spec": f"specs/{path.name}", "store": "{{ $KILOTOK_STORE }}"},
-        "work_pool": {"name": pool, "job_variables": {"working_dir": "{{ $KILOTOK_HOME }}"}},
+        "parameters": {"spec": f"specs/{path.name}", "store": "{{ prefect.variables.kilotok_store }}"},
+        "work_pool": {"name": pool, "job_variables": {"working_dir": "{{ prefect.variables.kilotok_home }}"}},
         "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
         "schedules": [],
     }

@@ -29,6 +29,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState, SendNotification
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
+from prefect.variables import Variable
 
 ROOT = Path(__file__).resolve().parents[2]
 # The default heartbeat is every 180 s: a shorter window would declare healthy runs dead.
@@ -41,9 +43,11 @@ ENDED_BADLY = ("Failed", "Kept", "Crashed", "TimedOut", "Late")
 def main() -> int:
     """Prints one line for each thing it changed."""
     declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    if not PREFECT_API_URL.value():  # Prefect would start a server for us, and stop it again
+        sys.exit("PREFECT_API_URL is not set: start a server (prefect server start) and name it")
     asyncio.run(server_up())
     asyncio.run(make_pools(declared))
-    deploy()
+    deploy(asyncio.run(set_variables()))
     asyncio.run(prune(declared))
     asyncio.run(make_automations())
     return 0
@@ -70,23 +74,33 @@ async def make_pools(declared: list[dict[str, Any]]) -> None:
                 print(f"created work pool {pool}")
 
 
-def deploy() -> None:
-    """`prefect deploy --all`, with this checkout's origin and branch unless the environment says otherwise."""
+async def set_variables() -> dict[str, str]:
+    """What a run pulls and where it works: the environment's word, else what the server has, else this checkout."""
     home = ROOT / ".kilotok"
     defaults = {
-        "KILOTOK_REPOSITORY": _git("remote", "get-url", "origin") or ROOT.as_uri(),
-        "KILOTOK_BRANCH": _git("branch", "--show-current") or "main",
-        "KILOTOK_HOME": str(home / "nightly"),
-        "KILOTOK_STORE": str(home / "store"),
+        "kilotok_repository": _git("remote", "get-url", "origin") or ROOT.as_uri(),
+        "kilotok_branch": _git("branch", "--show-current") or "main",
+        "kilotok_home": str(home / "nightly"),
+        "kilotok_store": str(home / "store"),
     }
-    env = {**defaults, **os.environ}
-    if env["KILOTOK_HOME"] == defaults["KILOTOK_HOME"]:
-        Path(env["KILOTOK_HOME"]).mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, default in defaults.items():
+        there = await Variable.aget(name)
+        found[name] = os.environ.get(name.upper()) or there or default
+        if found[name] != there:
+            await Variable.aset(name, found[name], overwrite=True)
+    if found["kilotok_home"] == defaults["kilotok_home"]:
+        Path(found["kilotok_home"]).mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def deploy(variables: dict[str, str]) -> None:
+    """`prefect deploy --all`."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"prefect deploy failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    print("deployed from " + ", ".join(f"{name}={env[name]}" for name in defaults))
+    print("deployed with " + ", ".join(f"{name}={value}" for name, value in variables.items()))
 
 
 async def prune(declared: list[dict[str, Any]]) -> None:

@@ -130,11 +130,25 @@ def summary(record: Mapping[str, Any]) -> str:
         parts.append(f"kept what was live: {_rebuilt(record)}")
     else:
         parts.append(state)
-    parts += [f"{finding['text']} ({finding['why']})" if finding.get("why") else finding["text"]
-              for finding in record["findings"] if finding["alarm"]]  # fmt: skip
+    parts += _alarms(record["findings"])
+    if record.get("unmeasured"):
+        parts.append(f"what is live was not measured: {record['unmeasured']}")
     if (record["drift"] or {}).get("state") == "moved":
         parts.append(f"the source moved: {count(len(record['drift']['what']), 'difference')}, kilotok lock takes them")
     return "; ".join(parts)
+
+
+def _alarms(findings: Sequence[Finding]) -> list[str]:
+    """A phrase for each cause: one changed input fails many gates at once, and the page lists them all."""
+    by_cause: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding["alarm"]:
+            by_cause.setdefault(str(finding.get("why") or ""), []).append(" ".join(str(finding["text"]).split()))
+    phrases = []
+    for why, texts in by_cause.items():
+        more = f" and {count(len(texts) - 1, 'figure')} more" if len(texts) > 1 else ""
+        phrases.append(f"{texts[0]}{more}" + (f" ({why})" if why else ""))
+    return phrases
 
 
 def _rebuilt(record: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Night:
 
     def __init__(self, spec: Spec, store: Store, night: str) -> None:
         self.spec, self.store, self.id = spec, store, night
+        self._began = time.monotonic()  # the clock may be set while we work
         self.build: dict[str, Any] = {}
         self.record = new_record(spec.name, night)
         self.record |= {"git": git_state(spec.root), "spec_tree": spec.to_dict()}
@@ -83,8 +84,8 @@ class Night:
 
     def measure(self) -> int:
         """The A/A runs on what is live now; returns how many there are: none beside other work on the machine."""
-        nightly = self.spec.nightly
-        self.record["probes"] = probe.probe(self.spec, self.store, nightly.probes if nightly else 0)
+        runs = self.spec.nightly.probes if self.spec.nightly else 0
+        self.record["probes"], self.record["unmeasured"] = probe.probe(self.spec, self.store, runs)
         return len(self.record["probes"])
 
     def conclude(self) -> list[dict[str, Any]]:
@@ -113,7 +114,7 @@ class Night:
 
     def end(self) -> dict[str, Any]:
         """Close the record."""
-        self.record["seconds"] = round(time.time() - self.record["began"], 3)
+        self.record["seconds"] = round(time.monotonic() - self._began, 3)
         self.record["state"] = self.record["outcome"] or "failed"
         self.record["summary"] = judge.summary(self.record)
         self.write()
@@ -125,12 +126,12 @@ class Night:
 
 def new_record(name: str, night: str) -> dict[str, Any]:
     """Every field, so that a reader never has to ask whether it is there."""
-    now = time.time()
-    started = datetime.datetime.fromtimestamp(now, datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     empty: dict[str, Any] = {name: None for name in ("build", "verdict", "report", "error", "seconds", "outcome")}
+    texts = {"unmeasured": "", "summary": ""}
     lists: dict[str, Any] = {name: [] for name in ("overrides", "plan", "probes", "findings")}
-    given = {"night": night, "spec": name, "state": RUNNING, "started": started, "began": now, "host": FACTS["host"]()}
-    return {**given, **empty, **lists, "git": {}, "drift": {}, "refresh": {}, "inputs": {}, "summary": ""}
+    given = {"night": night, "spec": name, "state": RUNNING, "started": started, "host": FACTS["host"]()}
+    return {**given, **empty, **lists, **texts, "git": {}, "drift": {}, "refresh": {}, "inputs": {}}
 
 
 Publish = Callable[[Night], None]
@@ -146,15 +147,16 @@ def opened(spec_path: str, store_uri: str, night: str, say: Say, publish: Publis
 
     Raises what ended it, after writing it down.
     """
-    store, night = open_store(store_uri or DEFAULT_STORE), night or new_build_id()
+    store = open_store(store_uri or DEFAULT_STORE)
     try:
         spec = load_spec(Path(spec_path), [])
     except KilotokError as error:
-        _never_began(store, Path(spec_path).stem, night, error)
+        name = Path(spec_path).stem
+        _never_began(store, name, night or next_id(store, name), error)
         raise
     with store.lease(f"night-{spec.name}", say):
         recover(store, spec.name)
-        tonight = Night(spec, store, night)
+        tonight = Night(spec, store, night or next_id(store, spec.name))
         tonight.write()
         try:
             yield tonight
@@ -166,6 +168,13 @@ def opened(spec_path: str, store_uri: str, night: str, say: Say, publish: Publis
             raise
         tonight.end()
         publish(tonight)
+
+
+def next_id(store: Store, name: str) -> str:
+    """An id that sorts after every night before it, also when the clock was set back since."""
+    mine, nights = new_build_id(), store.list_json(f"nights/{name}")
+    newest = nights[-1].rpartition("/")[2] if nights else ""
+    return mine if mine > newest else f"{newest}-1"
 
 
 def recover(store: Store, name: str) -> list[str]:

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from tasks.store import Store
 
 
-def probe(spec: Spec, store: Store, runs: int) -> list[dict[str, float]]:
-    """Metrics of each run; [] when nothing is live or the build that is live is no longer in the store."""
+NOTHING_LIVE, BUSY = "nothing is live", "the machine was busy with other work"
+
+
+def probe(spec: Spec, store: Store, runs: int) -> tuple[list[dict[str, float]], str]:
+    """(metrics of each run, why there are none); the live build's tokenizer must still be in the store."""
     from specs.receipts import Receipt
     from tasks.deployment import live_url
     from tasks.validate.live import measure_live
@@ -23,8 +26,11 @@ def probe(spec: Spec, store: Store, runs: int) -> list[dict[str, float]]:
     url = live_url(store, spec.name)
     good = store.read_json(f"last_good/{spec.name}") or {}
     uri = next((row["uri"] for row in good.get("stages") or () if row["stage"] == "download"), "")
-    if not url or not uri or runs < 1:
-        return []
+    if runs < 1:
+        return [], ""
+    if not url or not uri:
+        return [], NOTHING_LIVE
     checkpoint = store.path(Receipt("download", "", "cached", uri=uri))
     with tempfile.TemporaryDirectory() as folder:
-        return measure_live(spec, checkpoint, url, runs, Path(folder))
+        measured = measure_live(spec, checkpoint, url, runs, Path(folder))
+    return measured, "" if measured else BUSY

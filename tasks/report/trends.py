@@ -31,9 +31,10 @@ LIMIT = 60  # builds; two months of nights
 def render(records: Sequence[Mapping[str, Any]], nights: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page. `records` are build records (`kilotok run --json`), `nights` the nightly's own, in any order."""
     builds = sorted(records, key=lambda record: str(record.get("build")))[-LIMIT:]
-    present = {name for record in builds for name in record.get("metrics") or {}}
+    fresh = [record for record in builds if _is_fresh(record)]
+    present = {name for record in fresh for name in record.get("metrics") or {}}
     extra = sorted(name for name in present if name.startswith("acceptance.length."))
-    trends = [_trend(name, builds) for name in (*SHOWN, *extra) if name in present]
+    trends = [_trend(name, fresh) for name in (*SHOWN, *extra) if name in present]
     spec = str(builds[-1].get("spec")) if builds else "no build"
     rows = [_build_row(record) for record in reversed(builds)]
     ordered = sorted(nights, key=lambda record: str(record.get("night")))[-LIMIT:]
@@ -43,6 +44,11 @@ def render(records: Sequence[Mapping[str, Any]], nights: Sequence[Mapping[str, A
     trends += [{**_trend(name, live), "label": f"{meaning(name).label}, live"} for name in LIVE if _has(live, name)]
     page = environment().get_template("history.html.jinja")
     return page.render(spec=spec, trends=trends, builds=rows, nights=shown)
+
+
+def _is_fresh(record: Mapping[str, Any]) -> bool:
+    """A build that found its measurement in the store says nothing new."""
+    return all(row.get("state") != "cached" for row in record.get("stages") or () if row.get("stage") == "validate")
 
 
 def _live(record: Mapping[str, Any]) -> dict[str, Any]:

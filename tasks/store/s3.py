@@ -21,7 +21,7 @@ import botocore.exceptions as aws
 
 from specs.errors import InputError, IntegrityError, StoreError
 from specs.receipts import Receipt
-from tasks.store.local import Found, LocalStore, Meta, next_history
+from tasks.store.local import Found, LocalStore, Meta, next_history, store_errors
 from tasks.store.manifest import MANIFEST, PROVENANCE, Manifest
 from tasks.store.s3_lease import TTL_S, S3Lease, read_lease
 from tasks.store.s3_transfer import Blobs, connect, for_all, is_absent, is_lost_race, s3_errors
@@ -92,7 +92,7 @@ class S3Store:
         here = self.local.lookup(manifest.stage, manifest.key) if manifest.cacheable else self._kept(manifest)
         if here and here.digest == manifest.digest:
             return self.local.checkout(here)
-        with self.local.lease(f"pull-{manifest.stage}-{manifest.key[:16]}"):
+        with self.local.lease(f"pull-{manifest.stage}-{manifest.key[:16]}"), store_errors(self.local.root):
             workdir = self.local.workdir(f"pull-{manifest.stage}", manifest.digest)
             try:
                 self._blobs.download(workdir, manifest.files)

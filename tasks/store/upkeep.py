@@ -18,6 +18,7 @@ from specs.errors import IntegrityError, StoreError
 from tasks.edges.machine import num_cores
 from tasks.store import FileEntry, Manifest, Store
 from tasks.store.hashing import copy_hashed
+from tasks.store.local import store_errors
 from tasks.store.manifest import PROVENANCE
 
 POINTERS = ("deployments", "last_good")  # records whose artifact URIs are promises
@@ -106,7 +107,8 @@ def copy(source: Store, target: Store, places: Iterable[str] = ()) -> list[str]:
         folder = source.checkout(manifest)
         with target.lease(f"{manifest.stage}-{manifest.key[:16]}"):
             if source.local.root != target.local.root:
-                manifest = target.local.adopt(manifest, _copy_files(folder, manifest, target))
+                with store_errors(target.local.root):
+                    manifest = target.local.adopt(manifest, _copy_files(folder, manifest, target))
             push = getattr(target, "push", None)
             copied.append(target.artifact_uri(push(manifest) if push else manifest))
     if copied:
@@ -145,7 +147,9 @@ def _copy_files(folder: Path, manifest: Manifest, target: Store) -> Path:
     with ThreadPoolExecutor(max(2, num_cores())) as pool:
         for future in [pool.submit(one, file) for file in manifest.files]:
             future.result()
-    shutil.copytree(folder / PROVENANCE, workdir / PROVENANCE, dirs_exist_ok=True)
+    (workdir / PROVENANCE).mkdir(exist_ok=True)
+    for statement in (folder / PROVENANCE).iterdir():
+        shutil.copyfile(statement, workdir / PROVENANCE / statement.name)
     return workdir
 
 

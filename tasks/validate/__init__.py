@@ -155,8 +155,11 @@ class _Validation:
         from tasks.validate import speed
         from tasks.validate.servers import forced_server
 
-        length = self.latency.get("forced_acceptance")
+        length, most = self.latency.get("forced_acceptance"), self.draft_tokens + 1
         if length is None or not self.draft_tokens:
+            return
+        if length > most:
+            self.remarks.append(f"the engine alone was not timed: a cycle has at most {most} tokens, not {length:g}")
             return
         self.step(2)
         bundle = self.job.inputs["build_engine"]

@@ -71,8 +71,10 @@ def main() -> int:
     from tasks.nightly.probe import probe
     from tasks.store import open_store
 
-    for metrics in probe(load_spec(Path(sys.argv[1]), []), open_store(), int(sys.argv[2])):
+    measured, why = probe(load_spec(Path(sys.argv[1]), []), open_store(), int(sys.argv[2]))
+    for metrics in measured:
         print(json.dumps(metrics))
+    print(why, file=sys.stderr, end="\n" if why else "")
     return 0
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,3 +43,16 @@ def test_a_nightly_carries_the_schedule_of_its_spec_and_a_rebuild_none() -> None
 def test_no_deployment_holds_a_secret_or_a_path_of_this_machine() -> None:
     text = (ROOT / "prefect.yaml").read_text()
     assert "prefect.blocks" not in text and str(ROOT) not in text
+
+
+@pytest.mark.parametrize("day", ["2027-03-26", "2026-10-23"], ids=["no 02:00", "two 02:00"])
+@pytest.mark.parametrize("cron", ["0 2 * * *", "30 2 * * *"])
+def test_a_clock_change_neither_drops_nor_doubles_a_night(day: str, cron: str) -> None:
+    from prefect.server.schemas.schedules import CronSchedule
+
+    zone = ZoneInfo("Europe/Berlin")
+    start = datetime.fromisoformat(f"{day}T12:00").replace(tzinfo=zone)
+    nights = asyncio.run(CronSchedule(cron=cron, timezone=zone.key).get_dates(5, start))
+    local = [night.astimezone(zone) for night in nights]
+    assert [night.date() for night in local] == [(start + timedelta(days=n)).date() for n in range(1, 6)]
+    assert {night.hour for night in local} <= {1, 2}  # in spring an hour early

@@ -74,7 +74,19 @@ def test_setup_deploys_a_rebuild_and_a_nightly_per_spec(house: House) -> None:
 
 def test_setup_again_changes_nothing(house: House) -> None:
     said = house.setup()
-    assert said.startswith("deployed from") and said.count("\n") == 1
+    assert said.startswith("deployed with") and said.count("\n") == 1
+
+
+def test_prefect_deploy_by_hand_means_the_same(house: House) -> None:
+    def deployment() -> dict[str, Any]:
+        found = house.api("/deployments/name/nightly/toy")
+        return {name: found[name] for name in ("pull_steps", "parameters", "job_variables")}
+
+    before, env = deployment(), {**house.env, "PYTHONPATH": str(house.repository.path)}
+    bare = {name: value for name, value in env.items() if not name.startswith("KILOTOK_")}
+    argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    subprocess.run(argv, cwd=house.repository.path, env=bare, check=True, capture_output=True)
+    assert deployment() == before and before["parameters"]["store"] == str(house.store)
 
 
 def test_parameters_have_a_schema_and_are_refused_when_wrong(house: House) -> None:

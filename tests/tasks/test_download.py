@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tasks.edges import hub
 from tasks.edges.secrets import resolve_secret
 from tasks.job import Job, Progress
 from tasks.prompts import read_prompts, resolve
+from tests.tasks.conftest import SmallDisk
 from tests.tasks.fake_hub import COMMIT, FakeHub
 
 WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
@@ -127,6 +129,23 @@ def test_small_disk_is_seen_before_the_first_byte(root: Path, monkeypatch: pytes
     with pytest.raises(StoreError, match="not enough disk"):
         download.build(job_of(root, lock_of(root)), Progress())
     assert arrived(root) == {}
+
+
+def test_disk_that_fills_on_the_way_keeps_what_has_arrived(root: Path, small_disk: SmallDisk) -> None:
+    (root / "ckpt" / "model-2.safetensors").write_bytes(WEIGHTS * 4)
+    job = replace(job_of(root, lock_of(root)), out=small_disk.path / "out")
+    job.out.mkdir()
+
+    def fill(done: float, total: float, note: str) -> None:
+        if not small_disk.is_full:
+            small_disk.leave(1 << 20)
+
+    with pytest.raises(StoreError, match="cannot write .*No space left on device"):
+        download.build(job, Progress(fill))
+    small_disk.free()
+    moved = download.build(job, Progress())["download.bytes_moved"]
+    assert (job.out / "model-2.safetensors").read_bytes() == WEIGHTS * 4
+    assert moved < 5 * len(WEIGHTS)
 
 
 def test_second_attempt_reads_nothing_that_is_there(root: Path) -> None:

@@ -67,6 +67,15 @@ def test_a_night_that_failed_is_a_row_and_a_gap() -> None:
     assert page.count("<tr>") == 4 and "disk &lt;full&gt;" in page
 
 
+def test_a_measurement_that_was_found_in_the_store_is_no_second_dot() -> None:
+    stages = [[{"stage": "validate", "state": state}] for state in ("built", "cached", "built")]
+    builds = [
+        {"build": f"b{n}", "spec": "x", "verdict": "PASS", "metrics": {"acceptance.length": 2.5}, "stages": rows}
+        for n, rows in enumerate(stages)
+    ]
+    assert "2 builds" in history(builds) and history(builds).count("<tr>") == 4
+
+
 def test_no_build_at_all_is_a_page_too() -> None:
     assert "No build" in history([]) or "no build" in history([])
 

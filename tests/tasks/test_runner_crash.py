@@ -18,8 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from specs.errors import StoreError
 from tasks.edges.process import is_alive
+from tasks.store import LocalStore
 from tasks.store.keys import CODE_ROOT
+from tests.tasks.conftest import SmallDisk
 from tests.tasks.toy import Toy
 
 RUN = """
@@ -136,12 +139,29 @@ def test_disk_that_fills_is_one_clear_error_and_leaves_no_artifact(child_toy: To
     assert list(child_toy.store.entries()) == [] and list((child_toy.store.root / "artifacts").glob("*/*")) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_read_only_store_is_one_clear_error(child_toy: Toy) -> None:
-    child_toy.store.root.mkdir()
-    child_toy.store.root.chmod(0o555)
-    process = start(child_toy)
-    assert result(process)["what"] == "the store cannot be written" and process.returncode == 3
+@pytest.mark.parametrize("room_bytes", range(0, 48 << 10, 8 << 10))  # before, in and after the stage
+def test_disk_that_is_full_loses_nothing_and_is_enough_once_there_is_room(
+    child_toy: Toy, small_disk: SmallDisk, room_bytes: int
+) -> None:
+    """A real file system, filled by somebody else; what was finished on it is still there, and so is the way on."""
+    child_toy.store = LocalStore(small_disk.path / "store")
+    before = child_toy.run()
+    child_toy.tree["toy"]["text"] = "another"
+    small_disk.leave(room_bytes)
+    with pytest.raises(StoreError, match="the store is full"):
+        child_toy.run()
+    (whole,) = child_toy.store.entries()
+    assert (whole.digest, child_toy.store.verify(whole)) == (before.digest, [])
+    small_disk.free()
+    assert child_toy.run().state == "built"
+
+
+def test_read_only_store_is_one_clear_error(child_toy: Toy, small_disk: SmallDisk) -> None:
+    """A file system, since root writes into any folder."""
+    child_toy.store = LocalStore(small_disk.path)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk.path], check=True)
+    with pytest.raises(StoreError, match="the store cannot be written"):
+        child_toy.run()
 
 
 def test_hit_in_a_read_only_store_needs_no_writing(child_toy: Toy, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tasks.store.keys import CODE_ROOT
 from tasks.store.s3 import S3Store
 from tasks.store.s3_lease import S3Lease
 from tasks.store.upkeep import copy
+from tests.tasks.conftest import SmallDisk
 from tests.tasks.fault_proxy import Proxy, fault_proxy
 from tests.tasks.toy import Toy
 
@@ -167,6 +168,33 @@ def test_half_download_of_a_crash_is_continued(here: S3Store, there: S3Store, pr
     (work / "sub" / f".file.bin.{file.sha256[:16]}.half").write_bytes(BIG[:1000000])
     assert there.verify(manifest) == []
     assert any(header == "bytes=1000000-" for _, _, header in proxy.seen)
+
+
+def test_pull_onto_a_disk_that_fills_goes_on_when_there_is_room(
+    here: S3Store, bucket: str, proxy: Proxy, small_disk: SmallDisk
+) -> None:
+    manifest = publish(here, BIG)
+    there = machine(bucket, small_disk.path)
+    small_disk.leave(len(BIG) // 2)
+    with pytest.raises(StoreError, match="the store is full"):
+        there.checkout(manifest)
+    assert list(there.local.entries()) == []
+    small_disk.free()
+    proxy.seen.clear()
+    assert there.verify(manifest) == []
+    (header,) = [header for _, path, header in proxy.seen if "/blobs/" in path and header]
+    assert int(header.removeprefix("bytes=").rstrip("-")) > len(BIG) // 4
+
+
+def test_store_pull_onto_a_full_disk_is_one_clear_error(here: S3Store, small_disk: SmallDisk) -> None:
+    publish(here, BIG)
+    there = LocalStore(small_disk.path / "store")
+    small_disk.leave(len(BIG) // 2)
+    with pytest.raises(StoreError, match="the store is full"):
+        copy(here, there)
+    assert list(there.entries()) == []
+    small_disk.free()
+    assert len(copy(here, there)) == 1
 
 
 def test_damage_on_the_way_is_fetched_again(here: S3Store, there: S3Store, proxy: Proxy) -> None:

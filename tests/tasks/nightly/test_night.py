@@ -17,7 +17,7 @@ import pytest
 
 from specs.errors import InputError, SpecError
 from specs.load import load_spec
-from tasks.nightly import drift, notify, refresh
+from tasks.nightly import drift, judge, notify, refresh
 from tasks.nightly.check import check, spec_files
 from tasks.nightly.history import FILE, history, series, sparkline
 from tasks.nightly.night import last_night, opened, recover
@@ -104,6 +104,30 @@ def test_two_nights_of_one_spec_do_not_overlap(house: Path, store: LocalStore) -
     thread.join(20)
     assert order[0].startswith("waiting for pid") and order[1:] == ["first", "second"]
     assert [store.read_json(name)["state"] for name in store.list_json("nights")] == ["failed", "failed"]
+
+
+def test_a_clock_that_was_set_back_does_not_reorder_the_nights(house: Path, store: LocalStore) -> None:
+    """The first night believed it was next century; those after it, by the right clock, must still come after it."""
+    path, order = str(house / f"specs/{TINY}.yaml"), ["21260101-020000-1"]
+    for night in (order[0], "", ""):
+        with opened(path, store.uri, night, quiet) as tonight:
+            tonight.built({"stages": [], "build": tonight.id, "verdict": "PASS"})
+        assert last_night(store, TINY)["night"] == tonight.id and tonight.record["seconds"] >= 0
+        order.append(tonight.id)
+    assert order[1:] == sorted(set(order))
+
+
+def test_one_cause_is_told_once_however_many_gates_it_fails() -> None:
+    gates = [{"alarm": True, "text": f"gate {n}: too low", "why": "spec: draft_tokens 3 -> 1"} for n in (1, 2, 3)]
+    record = {"state": "kept", "plan": [], "findings": gates, "drift": {}, "unmeasured": ""}
+    assert judge.summary(record).endswith("; gate 1: too low and 2 figures more (spec: draft_tokens 3 -> 1)")
+
+
+def test_a_night_that_could_not_measure_says_so(house: Path, store: LocalStore) -> None:
+    with opened(str(house / f"specs/{TINY}.yaml"), store.uri, "20261201-020000-1", quiet) as tonight:
+        tonight.built({"stages": [], "build": tonight.id, "verdict": "PASS"})
+        assert tonight.measure() == 0
+    assert last_night(store, TINY)["summary"].endswith("what is live was not measured: nothing is live")
 
 
 # -- drift ------------------------------------------------------------------------------------------------------------
