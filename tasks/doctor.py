@@ -99,7 +99,7 @@ def _trtllm() -> dict[str, Any]:
         "tensorrt_llm",
         True if there else None,
         "installed" if there else "not installed",
-        "only for backend trtllm, on a GPU machine: pip install '.[trtllm]'",
+        "only for backend trtllm: its image has it (docs/dgx.md)",
     )
 
 
