@@ -90,14 +90,32 @@ def keep(
         with disabled(others):
             cost[block] = measure() / bytes_read_per_token(model, names)
         progress(i + 1, len(by_block), "sensitivity")
-    for block in sorted(cost, key=lambda name: -cost[name]):
+
+    def switch(block: str, quantized: bool) -> float:
         for name in by_block[block]:
-            quantizers[name].disable()
+            (quantizers[name].enable if quantized else quantizers[name].disable)()
+        return measure()
+
+    for block in sorted(cost, key=lambda name: -cost[name]):
+        left = switch(block, quantized=False)
         kept.append(block)
-        left = measure()
         if left <= budget:
-            return kept, left
-    raise InputError(
+            break
+    else:
+        raise _out_of_reach(left, budget)
+    # A small block costs much per byte and may be worth little in all: what is not needed goes back, the largest first.
+    for block in sorted(kept, key=lambda name: -bytes_read_per_token(model, by_block[name])):
+        without = switch(block, quantized=True)
+        if without <= budget:
+            kept.remove(block)
+            left = without
+        else:
+            switch(block, quantized=False)
+    return kept, left
+
+
+def _out_of_reach(left: float, budget: float) -> InputError:
+    return InputError(
         f"divergence is {left:.2g} nats per token with every weight in BF16, {budget:.2g} is asked for",
         "quantize.max_divergence",
         "raise it, or take a recipe that leaves K and V alone",

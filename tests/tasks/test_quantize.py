@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from specs.errors import InputError, IntegrityError
 from tasks.job import Job, Progress
-from tasks.quantize import build, calibrate, reload, stage
+from tasks.quantize import build, calibrate, reload, sensitivity, stage
 from tests.tasks.random_checkpoints import (
     llama4_config,
     rename_newer,
@@ -278,6 +278,26 @@ def test_the_block_that_costs_most_is_kept_in_bf16(built: tuple[Path, dict], tmp
     assert tensors[f"{block}.gate_proj.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.0.feed_forward.gate_proj.weight"].dtype == torch.float8_e4m3fn
     assert f"{block}*" in described(tmp_path / "out")["exclude_modules"]
+
+
+def test_no_block_is_kept_that_the_budget_does_not_need(built: tuple[Path, dict], tmp_path: Path) -> None:
+    config = json.loads((built[0] / "source" / "config.json").read_text())
+    model = calibrate.load_model(built[0] / "source", config, tmp_path / "offload")
+    calibrate.calibrate(model, calibrate.read_recipe(RECIPE, tmp_path), [list(range(6, 70))] * 4, 4, Progress())
+    found, ids_BT = calibrate.quantizers(model), torch.tensor([list(range(6, 70))] * 2)
+    _, without = sensitivity.keep(model, found, ids_BT, None, Progress())
+    budget = 0.6 * without
+    kept, left = sensitivity.keep(model, found, ids_BT, budget, Progress())
+    assert kept and left <= budget
+    members = sensitivity.blocks(model, found)
+    with sensitivity.disabled(found.values()):
+        reference_BTV = sensitivity.log_probabilities(model, ids_BT)
+    for block in kept:
+        for name in members[block]:
+            found[name].enable()
+        assert sensitivity.divergence(reference_BTV, sensitivity.log_probabilities(model, ids_BT)) > budget
+        for name in members[block]:
+            found[name].disable()
 
 
 def test_a_divergence_out_of_reach_is_refused(built: tuple[Path, dict], tmp_path: Path) -> None:
