@@ -286,7 +286,7 @@ def test_no_block_is_kept_that_the_budget_does_not_need(built: tuple[Path, dict]
     calibrate.calibrate(model, calibrate.read_recipe(RECIPE, tmp_path), [list(range(6, 70))] * 4, 4, Progress())
     found, ids_BT = calibrate.quantizers(model), torch.tensor([list(range(6, 70))] * 2)
     _, without = sensitivity.keep(model, found, ids_BT, None, Progress())
-    budget = 0.6 * without
+    budget = 0.45 * without  # the first five by cost reach it, and one of them is not needed
     kept, left = sensitivity.keep(model, found, ids_BT, budget, Progress())
     assert kept and left <= budget
     members = sensitivity.blocks(model, found)
