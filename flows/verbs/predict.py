@@ -34,7 +34,9 @@ def register(add: Surface) -> None:
     )
     sweep_.add_argument("--best", choices=("user", "server"), default="user", help="whose speed decides (default user)")
     sweep_.add_argument("--out", type=Path, metavar="FOLDER", help="default .kilotok/sweeps/NAME")
-    explain_.add_argument("--plot", metavar="FILE", type=Path, help="also draw the cycle, as an HTML page")
+    explain_.add_argument(
+        "--plot", metavar="FILE", type=Path, help="also draw the cycle and the levers, as an HTML page"
+    )
 
 
 def predict(arguments: argparse.Namespace) -> int:
@@ -68,11 +70,9 @@ def explain(arguments: argparse.Namespace) -> int:
     found = levers.explain(made, spec.model.source)
     print(json.dumps(found, indent=2) if arguments.as_json else levers.to_text(found))
     if arguments.plot:
-        from tasks.predict.page import write
-        from tasks.report.plots import WIDE
-        from tasks.report.plots import waterfall as draw
+        from tasks.predict.drawings import explanation
 
-        write(arguments.plot, f"One cycle of {spec.name}, predicted", draw(levers.waterfall(found), WIDE))
+        explanation(arguments.plot, found)
     return 0
 
 

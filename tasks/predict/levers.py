@@ -6,7 +6,7 @@ Run it: `kilotok explain SPEC [--plot FILE.html]`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ def _candidates(case: Case) -> list[tuple[str, Change]]:
             ("all-reduce not fused with RMSNorm", _setting(fused=case.setting.fused - {"allreduce_rmsnorm"})),
         ]
     if gpu.t0_us > 1:
-        found.append((f"kernel fixed cost {gpu.t0_us:g} -> 1 us (launch overlap, prefetch)", faster))
+        found.append((f"kernel fixed cost {gpu.t0_us:g} -> 1 us", faster))
         if case.cycle.allreduces:
             found.append(("both: all-reduce 5 us, kernels 1 us", _both(faster, _gpu(ar_us=5.0, ar_unfused_us=5.0))))
     else:
@@ -134,11 +134,11 @@ def to_text(found: dict[str, Any]) -> str:
     for row in rows:
         filled, floor = (round(BAR * value / longest) for value in (row["us"], min(row["hbm_us"], row["us"])))
         lines.append(f"  {row['operator']:<16} {row['us']:>9.1f}  {'█' * floor}{'░' * (filled - floor)}")
-    lines += ["", f"  {'lever':<52} {'cycle us':>9} {'tokens/s':>9} {'gain':>7}"]
-    lines += [
-        f"  {lever['name']:<52} {lever['cycle_us']:>9,.0f} {lever['tps_per_user']:>9,.0f} {100 * lever['gain']:>+6.1f}%"
-        for lever in found["levers"]
-    ]
+    width = max(len(lever["name"]) for lever in found["levers"]) + 2
+    lines += ["", f"  {'lever':<{width}} {'cycle us':>9} {'tokens/s':>9} {'gain':>7}"]
+    for lever in found["levers"]:
+        figures = f"{lever['cycle_us']:>9,.0f} {lever['tps_per_user']:>9,.0f} {100 * lever['gain']:>+6.1f}%"
+        lines.append(f"  {lever['name']:<{width}} {figures}")
     lines += [
         "",
         f"  {'drafts':>6} {'acceptance':>10} {'chain us':>9} {'tokens/s':>9} {'one pass us':>11} {'tokens/s':>9}",
@@ -151,7 +151,7 @@ def to_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def waterfall(found: dict[str, Any]) -> dict[str, Any]:
+def waterfall(found: Mapping[str, Any]) -> dict[str, Any]:
     """What `tasks.report.plots.waterfall` draws."""
     parts = [
         {

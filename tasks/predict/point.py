@@ -50,7 +50,9 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
         problems = _in_turn(read_prompts(resolve(job.spec["validate"]["accuracy"]["problems"], job)))
         chats = [[{"role": "user", "content": problem.prompt}] for problem in problems[: max(PROMPTS, 2 * users)]]
         prompts = [engine.encode_chat(chat) for chat in chats]
-        alone, crowd, started = [], [], time.monotonic()
+        alone: list[dict[str, float]] = []
+        crowd: list[float] = []
+        started = time.monotonic()
         while len(alone) < ROUNDS or time.monotonic() - started < MEASURE_S:
             alone.append(_one_user(engine, prompts[:PROMPTS], limit))
             crowd.append(_all_users(engine, prompts, users, limit))

@@ -189,6 +189,15 @@ def _spread(layer: list[Point], limit: int) -> list[Point]:
     return [layer[round(at * (len(layer) - 1) / (limit - 1))] for at in range(limit)]
 
 
+def reasons(points: Sequence[Point]) -> list[tuple[str, int, str]]:
+    """(why, how many points, one of them) of what cannot run, the most frequent first."""
+    found: dict[str, list[str]] = {}
+    for point in points:
+        if point.refused:
+            found.setdefault(point.refused, []).append(point.name)
+    return sorted(((why, len(names), names[0]) for why, names in found.items()), key=lambda row: -row[1])
+
+
 def best(points: Sequence[Point], by: str) -> Point:
     """The fastest for one "user", or for the "server"; among equals the other speed decides."""
     able = [point for point in points if not point.refused]

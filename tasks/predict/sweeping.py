@@ -7,6 +7,7 @@ Run it: `kilotok sweep SPEC --over engine.draft_tokens=1..7`.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import re
@@ -17,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tasks.predict.sweep import Point, best, front, patched, variant
+from tasks.predict.sweep import Point, best, front, patched, reasons, variant
 
 if TYPE_CHECKING:
     from specs.schema import Spec
 
-SHOWN = 12  # refused and dominated points that the text names
+SHOWN = 12  # reasons that the text names
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,15 @@ class Found:
             said = before.get(point.values)
             hint = f"  predicted {said.tps_user:,.0f} and {said.tps_server:,.0f}" if point.measured and said else ""
             lines.append(f"{row}  {mark:<5}{hint}".rstrip())
-        lines += ["", *(f"  cannot run  {point.name}: {point.refused}" for point in refused[:SHOWN])]
+        lines += ["", *(f"  cannot run  {many(n, name)}: {why}" for why, n, name in reasons(refused)[:SHOWN])]
         lines += [f"  {name:<11} {path}" for name, path in written.items()]
         kind = "measured" if self.best.measured else "predicted, not yet run"
         return "\n".join([*lines, f"  best        {self.best.name} ({kind})"])
+
+
+def many(number: int, name: str) -> str:
+    """The point, or how many like it."""
+    return name if number == 1 else f"{name} and {number - 1} more"
 
 
 def with_measured(points: Sequence[Point], results: Sequence[Mapping[str, float]]) -> list[Point]:
@@ -83,28 +89,16 @@ def conclude(predicted: Sequence[Point], measured: Sequence[Point], by: str) -> 
 
 def write(out: Path, spec: Spec, found: Found, for_dgx: Sequence[Point]) -> dict[str, str]:
     """Write everything into `out`; returns {what: path}."""
+    from tasks.predict.drawings import sweep_page
+
     out.mkdir(parents=True, exist_ok=True)
     (out / "points.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
-    written = {"points": str(out / "points.json"), "pareto": str(_page(out / "pareto.html", spec, found))}
+    written = {"points": str(out / "points.json"), "pareto": str(sweep_page(out / "pareto.html", spec.name, found))}
     written["patch"] = str(_patch(out / "best.patch", spec, found.best))
     if for_dgx:
         paths = [_dgx_spec(out, spec, point) for point in for_dgx]
         written["specs"] = f"{out}/*.yaml, {len(paths)} for a DGX: kilotok run {paths[0]}"
     return written
-
-
-def _page(path: Path, spec: Spec, found: Found) -> Path:
-    from tasks.predict.page import write as write_page
-    from tasks.report.plots import WIDE, pareto
-
-    kind = "measured" if found.measured else "predicted, not yet run"
-    points = [
-        {"profile": point.name, "users": point.users, "tps_user": point.tps_user, "tps_server": point.tps_server}
-        for point in found.front
-    ]
-    lines = (f"{len(found.predicted)} points predicted, {len(found.measured)} measured; the front is {kind}.",
-             f"Best: {found.best.name}.")  # fmt: skip
-    return write_page(path, f"Sweep of {spec.name}", pareto({"points": points}, WIDE), lines)
 
 
 def _patch(path: Path, spec: Spec, point: Point) -> Path:
@@ -119,11 +113,17 @@ def _patch(path: Path, spec: Spec, point: Point) -> Path:
     return path
 
 
+def _spec_name(words: str) -> str:
+    """At most 63 characters; what is cut off stays in a digest, so that two points never share a name."""
+    name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return name if len(name) <= 63 else f"{name[:54].rstrip('-')}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
 def _dgx_spec(out: Path, spec: Spec, point: Point) -> Path:
     """A spec of its own that extends the swept one, and how its server will be started."""
     from engine_plugins.trtllm.render import render
 
-    name = re.sub(r"[^a-z0-9]+", "-", f"{spec.name} {point.name}".lower()).strip("-")[:63]
+    name = _spec_name(f"{spec.name} {point.name}")
     tree: dict[str, Any] = {
         "kilotok": 1,
         "extends": os.path.relpath(spec.path.resolve(), out.resolve()).replace(os.sep, "/"),

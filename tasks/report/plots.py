@@ -24,12 +24,14 @@ def responsive(draw: Callable[[float], str], wide: float = WIDE, narrow: float =
 
 # -- Pareto ------------------------------------------------------------------------------------------------------------
 def pareto(data: Mapping[str, Any], width: float) -> str:
-    """TPS/user against TPS/server on log axes with both record marks and lines of equal users."""
+    """TPS/user against TPS/server on log axes with both record marks and, unless `user_lines` is false, lines of equal
+    users. `others` are points beside the line; a point's `label` stands in place of its users."""
     points: Sequence[Mapping[str, Any]] = data["points"]
+    others: Sequence[Mapping[str, Any]] = data.get("others") or ()
     height, left, right, top, bottom = (400.0 if width > 500 else 340.0), 60.0, 14.0, 22.0, 44.0
     base = data.get("baseline")
-    xs = [point["tps_user"] for point in points] + ([base] if base else [])
-    ys = [point["tps_server"] for point in points] + ([base] if base else [])
+    xs = [point["tps_user"] for point in (*points, *others)] + ([base] if base else [])
+    ys = [point["tps_server"] for point in (*points, *others)] + ([base] if base else [])
     x_low, x_high = _floor125(min([*xs, RECORD_TPS_USER]) / 1.6), max([*xs, RECORD_TPS_USER]) * 2.4
     y_low, y_high = _floor125(min([*ys, RECORD_TPS_SERVER]) / 2), max([*ys, RECORD_TPS_SERVER]) * 2.6
     x, y = logarithmic(x_low, x_high, left, width - right), logarithmic(y_low, y_high, height - bottom, top)
@@ -46,7 +48,8 @@ def pareto(data: Mapping[str, Any], width: float) -> str:
         art.text(x(tick), height - bottom + 16, f"{tick:,.0f}", "tick", "middle")
     art.text((left + width - right) / 2, height - 8, "tokens/s for one user", "axis", "middle")
     art.text(left, 12, "tokens/s of the whole server", "axis")
-    _user_lines(art, x, y, (x_low, x_high, y_low, y_high))
+    if data.get("user_lines", True):
+        _user_lines(art, x, y, (x_low, x_high, y_low, y_high))
     art.line(
         x(RECORD_TPS_USER),
         top,
@@ -65,6 +68,9 @@ def pareto(data: Mapping[str, Any], width: float) -> str:
         "Record for one server: 72,000 tokens/s on one DGX B200",
     )
     art.text(left + 6, y(RECORD_TPS_SERVER) - 6, "record 72,000", "recordlabel")
+    for point in others:
+        tip = f"{point['profile']}: {three(point['tps_user'])} and {three(point['tps_server'])} tokens/s"
+        art.dot(x(point["tps_user"]), y(point["tps_server"]), 3.5, "dot f-host", tip)
     _points(art, points, base, x, y, width)
     return art.svg()
 
@@ -99,7 +105,7 @@ def _points(
     if len(places) > 1:
         art.path(places, "series s-verify")
     for at, (point, (px, py)) in enumerate(zip(points, places, strict=True)):
-        users = "1 user" if point["users"] == 1 else f"{point['users']} users"
+        users = point.get("label") or ("1 user" if point["users"] == 1 else f"{point['users']} users")
         each, whole = three(point["tps_user"]), three(point["tps_server"])
         tip = f"{point['profile']}: {users}, {each} tokens/s each, {whole} tokens/s in all"
         art.dot(px, py, 5.5, "dot f-verify", tip)
@@ -121,7 +127,7 @@ def _points(
                 "start" if px < width / 3 else "middle",
             )
         elif math.hypot(px - places[-1][0], py - places[-1][1]) > 64:
-            art.text(px, py - 11, str(point["users"]), "faint halo", "middle")
+            art.text(px, py - 11, str(point.get("label", point["users"])).rstrip(":"), "faint halo", "middle")
 
 
 def _floor125(value: float) -> float:

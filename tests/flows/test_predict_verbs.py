@@ -40,7 +40,9 @@ def test_predict_says_where_its_numbers_come_from(tmp_path: Path, capsys: pytest
 def test_explain_draws_the_cycle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "cycle.html"
     code, out, _ = run(["explain", B200, "--plot", str(page)], tmp_path, capsys)
-    assert code == 0 and "32k draft vocabulary" in out and "<svg" in page.read_text()
+    drawn = page.read_text()
+    assert code == 0 and "32k draft vocabulary" in out
+    assert drawn.count("<svg") == 4 and "+48.3 %" in drawn and 'name="viewport"' in drawn  # two drawings, two widths
 
 
 def test_plan_shows_and_then_refuses_what_cannot_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,10 +132,23 @@ def test_points_of_a_trtllm_spec_are_specs_that_load(tmp_path: Path) -> None:
     assert all(yaml.safe_load(path.with_suffix(".rendered.json").read_text())["argv"] for path in specs)
 
 
-def test_the_page_shows_both_record_marks(tmp_path: Path) -> None:
-    write(tmp_path, TINY, conclude([point(1, 10, 1), point(2, 5, 5)], [], "user"), [])
+def test_points_whose_names_are_cut_alike_are_two_specs(tmp_path: Path) -> None:
+    keys = ("engine.draft_tokens=3", "engine.max_batch_size=64", "engine.tensor_parallel=4,8")
+    points = search(B200, grid(keys), Records())
+    write(tmp_path, B200, conclude(points, [], "user"), points)
+    specs = [load_spec(path) for path in tmp_path.glob("*.yaml")]
+    assert sorted(spec.engine.tensor_parallel for spec in specs) == [4, 8]
+    assert all(len(spec.name) <= 63 for spec in specs)
+
+
+def test_the_page_shows_both_record_marks_and_every_point(tmp_path: Path) -> None:
+    refused = [Point((("engine.draft_tokens", n),), refused="too long [spec]: use 7") for n in (8, 9)]
+    points = [point(1, 10, 1), point(2, 5, 5), point(3, 4, 4), *refused]
+    write(tmp_path, TINY, conclude(points, [], "user"), [])
     page = (tmp_path / "pareto.html").read_text()
     assert "1,038" in page and "72,000" in page and "http" not in page.replace("http-equiv", "")
+    assert 'name="viewport"' in page and "3. draft_tokens=3" in page and page.count("too long") == 1
+    assert "draft_tokens=8 and 1 more: too long" in conclude(points, [], "user").to_text({})
 
 
 def test_a_variant_is_a_checked_spec() -> None:
