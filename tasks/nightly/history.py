@@ -200,7 +200,8 @@ def overview(nights: Sequence[Mapping[str, Any]], points: Mapping[str, Mapping[s
             if by_night:
                 line = sparkline(by_night.get(row["night"]) for row in nights)
                 lines.append(f"  {metric:<26} {source:<6} {line}  now {found[-1].value:.6g}")
-    lines += [f"  {row['night']:<24} {row['state']:<12} {row['summary']}".rstrip() for row in nights]
+    for row in nights:
+        lines.append(f"  {row['night']:<24} {row['state']:<12} {row['summary'] or row['verdict'] or ''}".rstrip())
     return "\n".join(lines)
 
 
