@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class SamplingParams:
             raise InputError(f"top_p={self.top_p}", "top_p", "above 0, at most 1")
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What one cycle brought to one request: its new tokens (none when only the end is new) and new text."""
 
     request_id: int
@@ -134,7 +133,7 @@ class Engine:
         self._running: list[Request] = []
         self._slots = Slots(self.bundle.max_batch_size)
         self._requests: dict[int, Request] = {}
-        self._next_id = 0
+        self._next_id, self._some_cancelled = 0, False
         self._lock = threading.Lock()
         self._seeds = np.random.SeedSequence()
         self._totals = {
@@ -207,13 +206,14 @@ class Engine:
         """End a request at the next step; its slot is freed. Unknown or finished ids are ignored."""
         request = self._requests.get(request_id)
         if request is not None:
-            request.cancelled = True
+            request.cancelled = self._some_cancelled = True
 
     def step(self) -> list[Event]:
         """Admit, run one cycle for every running slot, and tell what happened. Empty when there is nothing to do."""
         started = time.perf_counter()
-        events = self._drop_cancelled()
-        self._admit()
+        events = self._drop_cancelled() if self._some_cancelled else []
+        if self._waiting:
+            self._admit()
         if not self._running:
             return events
         prefills: list[Prefill] = []
@@ -223,8 +223,7 @@ class Engine:
                 budget -= self._plan_prefill(request, prefills, budget)
         decoding = [r for r in self._running if r.decoding]
         results = self.backend.cycle(prefills, [r.slot for r in decoding])
-        for request, (tokens, proposed) in zip(decoding, results, strict=False):
-            events.append(self._take(request, tokens, proposed))
+        events += [self._take(request, *result) for request, result in zip(decoding, results, strict=False)]
         self._running = [r for r in self._running if r.finish_reason is None]
         self._totals["steps"] += 1
         self._totals["step_seconds"] += time.perf_counter() - started
@@ -233,6 +232,7 @@ class Engine:
     def _drop_cancelled(self) -> list[Event]:
         events = []
         with self._lock:
+            self._some_cancelled = False
             for request in [r for r in (*self._running, *self._waiting) if r.cancelled]:
                 if request.slot >= 0:
                     self._running.remove(request)
@@ -272,11 +272,10 @@ class Engine:
     def _take(self, request: Request, tokens: Sequence[int], proposed: int) -> Event:
         params, reason = request.params, None
         limit = min(params.max_tokens, self.max_seq_len - len(request.prompt_ids)) - len(request.output_ids)
-        kept = list(tokens[:limit])
-        if not params.ignore_eos:
-            end = next((i for i, t in enumerate(kept) if t in self._eos), None)
-            if end is not None:
-                kept, reason = kept[: end + 1], "stop"
+        kept = tokens if len(tokens) <= limit else tokens[:limit]
+        if not (params.ignore_eos or self._eos.isdisjoint(kept)):
+            end = next(i for i, t in enumerate(kept) if t in self._eos)
+            kept, reason = kept[: end + 1], "stop"
         if not tokens:
             reason = "error"
         if reason is None and len(kept) == limit:

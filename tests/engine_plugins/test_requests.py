@@ -114,14 +114,25 @@ def test_a_stop_string_over_a_token_border_is_never_shown() -> None:
     assert ("".join(shown), stream.stopped) == ("one two ", True)
 
 
-def test_half_a_character_is_held_back() -> None:
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_half_a_character_is_held_back(byte_level: bool) -> None:
     tokenizer = ChatTokenizer(REAL_TOKENIZER)
+    if not byte_level:
+        tokenizer.pieces = None
     ids = tokenizer.encode("caf\u00e9 \u4f60\u597d \U0001f600!")
     stream, shown = TextStream(tokenizer, ()), []
     for i, token in enumerate(ids):
         shown.append(stream.push([token], final=i == len(ids) - 1))
     assert "\ufffd" not in "".join(shown)
     assert "".join(shown) == tokenizer.decode(ids)
+
+
+def test_bytes_of_tokens_join_to_what_the_tokenizer_decodes() -> None:
+    """Every token, special ones left out, in an order that also makes bytes that are no text."""
+    tokenizer = ChatTokenizer(REAL_TOKENIZER)
+    ids = [(7 * i) % 1024 for i in range(1024)]
+    stream = TextStream(tokenizer, ())
+    assert "".join(stream.push([token], final=i == 1023) for i, token in enumerate(ids)) == tokenizer.decode(ids)
 
 
 def test_chat_goes_through_the_models_template(talking_bundle: Path, open_engine: Callable[..., Engine]) -> None:

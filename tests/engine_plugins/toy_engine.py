@@ -59,7 +59,7 @@ class Running:
 
 class ToyEngine:
     config = SimpleNamespace(vocab_size=257)
-    available = True  # it is its own tokenizer
+    available, pieces = True, None  # it is its own tokenizer
 
     def __init__(self, bundle: Path) -> None:
         self.settings = {**DEFAULTS, **json.loads((bundle / "toy.json").read_text())}

@@ -63,10 +63,10 @@ KT_INLINE void vdecode_fp8(const uint8_t* p, bool odd, Register* to) {
   to[0] = _mm512_cvtph_ps(_mm256_and_si256(_mm256_srai_epi16(word, 1), _mm256_set1_epi16((short)0xBF80)));
 }
 KT_INLINE void vdecode_rounded(const uint8_t* p, bool odd, Register* to) { vdecode_fp8(p, odd, to); }
-KT_INLINE void vdecode_bf16(const uint8_t* p, bool odd, Register* to) {
-  const __m512i word = _mm512_loadu_si512(p);
-  to[0] = _mm512_castsi512_ps(odd ? _mm512_and_si512(word, _mm512_set1_epi32((int)0xFFFF0000)) : _mm512_slli_epi32(word, 16));
+KT_INLINE V vhalf_bf16(__m512i word, bool odd) {
+  return _mm512_castsi512_ps(odd ? _mm512_and_si512(word, _mm512_set1_epi32((int)0xFFFF0000)) : _mm512_slli_epi32(word, 16));
 }
+KT_INLINE void vdecode_bf16(const uint8_t* p, bool odd, Register* to) { to[0] = vhalf_bf16(_mm512_loadu_si512(p), odd); }
 KT_INLINE V vround_e4m3(V x) {  // to the E4M3 grid, nearest even; |x| <= 448 already
   __m512i bits = _mm512_castps_si512(x);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
@@ -196,6 +196,7 @@ KT_INLINE void vdecode_dot(const DotTables& t, __m512i codes, __m512bh& first, _
   first = (__m512bh)_mm512_unpacklo_epi8(low, high);
   second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
+KT_INLINE V vhalf_bf16(__m512bh pairs, bool odd) { return vhalf_bf16((__m512i)pairs, odd); }
 #else
 constexpr bool kDot = false;
 KT_INLINE void vstore_rounded(float* row, int at, V x) { vstore(row + at, x); }

@@ -46,18 +46,31 @@ KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const 
 
 #ifdef __AVX512BF16__
 // Two groups by MR rows: a row's input is broadcast once for both. More at a time, and the sums would no longer fit the registers.
-template <int MR, int NG, int G>
+template <int DT, int MR, int NG, int G>
 KT_INLINE void dot_pair(V (&acc)[NG][MR], const float* (&x)[MR], int pair, __m512bh left, __m512bh right) {
+  if constexpr (DT == kRounded) {
 #pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-    const __m512bh input = (__m512bh)_mm512_set1_epi32(((const int32_t*)x[m])[pair]);
-    acc[G][m] = _mm512_dpbf16_ps(acc[G][m], left, input);
-    if (G + 1 < NG) acc[G + 1][m] = _mm512_dpbf16_ps(acc[G + 1][m], right, input);
+    for (int m = 0; m < MR; ++m) {
+      const __m512bh input = (__m512bh)_mm512_set1_epi32(((const int32_t*)x[m])[pair]);
+      acc[G][m] = _mm512_dpbf16_ps(acc[G][m], left, input);
+      if (G + 1 < NG) acc[G + 1][m] = _mm512_dpbf16_ps(acc[G + 1][m], right, input);
+    }
+  } else {
+#pragma GCC unroll 2
+    for (int odd = 1; odd >= 0; --odd) {
+      const V l = vhalf_bf16(left, odd), r = vhalf_bf16(right, odd);
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const V input = vset1(x[m][2 * pair + odd]);
+        acc[G][m] = vfma(input, l, acc[G][m]);
+        if (G + 1 < NG) acc[G + 1][m] = vfma(input, r, acc[G + 1][m]);
+      }
+    }
   }
 }
 
 // The groups from G on, over one or (Two) two pairs of inputs.
-template <int MR, int NG, bool Two, int G = 0>
+template <int DT, int MR, int NG, bool Two, int G = 0>
 KT_INLINE void dot_groups(const DotTables& tables, const uint8_t* w, size_t group_bytes, V (&acc)[NG][MR], const float* (&x)[MR],
                           int pair) {
   __m512bh first[2], second[2];
@@ -67,15 +80,15 @@ KT_INLINE void dot_groups(const DotTables& tables, const uint8_t* w, size_t grou
     if (Two) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
     vdecode_dot(tables, Two ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi64(0x0F, at), first[g], second[g]);
   }
-  dot_pair<MR, NG, G>(acc, x, pair, first[0], first[1]);
-  if (Two) dot_pair<MR, NG, G>(acc, x, pair + 1, second[0], second[1]);
+  dot_pair<DT, MR, NG, G>(acc, x, pair, first[0], first[1]);
+  if (Two) dot_pair<DT, MR, NG, G>(acc, x, pair + 1, second[0], second[1]);
   if constexpr (G + 2 < NG) {
     asm volatile("" ::: "memory");  // broadcast again instead of keeping all rows' inputs in registers
-    dot_groups<MR, NG, Two, G + 2>(tables, w, group_bytes, acc, x, pair);
+    dot_groups<DT, MR, NG, Two, G + 2>(tables, w, group_bytes, acc, x, pair);
   }
 }
 
-template <int MR, int NG>
+template <int DT, int MR, int NG>
 KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_bytes, int pairs, const float* const* rows, float* out,
                         int ldo) {
   V acc[NG][MR];
@@ -87,8 +100,8 @@ KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
   int p = 0;
-  for (; p + 2 <= pairs; p += 2) dot_groups<MR, NG, true>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
-  if (p < pairs) dot_groups<MR, NG, false>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
+  for (; p + 2 <= pairs; p += 2) dot_groups<DT, MR, NG, true>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
+  if (p < pairs) dot_groups<DT, MR, NG, false>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
 #pragma GCC unroll 8
   for (int g = 0; g < NG; ++g)
 #pragma GCC unroll 8
@@ -101,12 +114,12 @@ template <int DT, int MR, int NG>
 static void gemm_groups(const uint8_t* w, size_t group_bytes, int groups, int pairs, const float* const* x, float* out, int ldo) {
   int g = 0;
 #ifdef __AVX512BF16__
-  if constexpr (DT == kRounded) {
+  if constexpr (DT != kBf16) {
     const DotTables tables = dot_tables();
-    for (; g + NG <= groups; g += NG) dot_tile<MR, NG>(tables, w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
+    for (; g + NG <= groups; g += NG) dot_tile<DT, MR, NG>(tables, w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
   }
 #endif
-  if constexpr (DT != kRounded || !kDot)
+  if constexpr (DT == kBf16 || !kDot)
     for (; g + NG <= groups; g += NG) gemm_tile<DT, MR, NG>(w + g * group_bytes, group_bytes, pairs, x, out + g * kLanes, ldo);
   if constexpr (NG > 1)
     if (g < groups) gemm_groups<DT, MR, NG / 2>(w + g * group_bytes, group_bytes, groups - g, pairs, x, out + g * kLanes, ldo);
@@ -114,8 +127,8 @@ static void gemm_groups(const uint8_t* w, size_t group_bytes, int groups, int pa
 
 template <int DT, int MR>
 static void gemm_row_tile(const uint8_t* w, size_t group_bytes, int groups, int pairs, const float* const* x, float* out, int ldo) {
-  constexpr int dot = MR == 1 ? 4 : MR <= 4 ? 4 : 2, wide = MR <= 2 ? 4 : 2, narrow = MR == 1 ? 4 : MR == 2 ? 2 : 1;
-  gemm_groups<DT, MR, kDot && DT == kRounded ? dot : kWide ? wide : narrow>(w, group_bytes, groups, pairs, x, out, ldo);
+  constexpr int dot = MR == 1 ? 4 : MR <= 4 ? 4 : 2, wide = MR <= 4 ? 4 : 2, narrow = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  gemm_groups<DT, MR, kDot && DT != kBf16 ? dot : kWide ? wide : narrow>(w, group_bytes, groups, pairs, x, out, ldo);
 }
 
 // Raw sums (no scale) of `rows` rows (any number) for `groups` groups starting at w.
