@@ -59,7 +59,7 @@ class Checkout:
     def start(self, command: str, **to: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(shlex.split(command), cwd=self.path, env=self.env, text=True, **to)
 
-    def run(self, command: str, timeout_s: float = 600) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, timeout_s: float = 1200) -> subprocess.CompletedProcess[str]:
         process = self.start(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, err = process.communicate(timeout=timeout_s)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
