@@ -92,6 +92,15 @@ class DraftTraining(Section):
     )
 
 
+class DraftLaunch(Section):
+    """How many processes train the head. They share each batch: their number changes the time, not the head."""
+
+    nodes: Positive = measured(1, "nodes", "Machines; more than one are reached through Slurm's srun.")
+    processes_per_node: Positive = measured(
+        1, "processes", "Processes on each, an equal share of its GPUs to each; 1 spreads a large target over all."
+    )
+
+
 class Draft(Section):
     """The EAGLE-3 head that guesses the next tokens."""
 
@@ -114,6 +123,7 @@ class Draft(Section):
     )
     data: DraftData = Field(description="What it learns from.")
     training: DraftTraining = section(DraftTraining)
+    launch: DraftLaunch = section(DraftLaunch)
 
     @model_validator(mode="after")
     def _consistent(self) -> Draft:
@@ -122,6 +132,8 @@ class Draft(Section):
             raise ValueError("capture_layers are not three different layers in ascending order; such as [1, 23, 44]")
         if self.ffn_multiplier is not None and self.intermediate_size is not None:
             raise ValueError("ffn_multiplier and intermediate_size say the same thing; keep one")
+        if (count := self.launch.nodes * self.launch.processes_per_node) > self.training.batch_size:
+            raise ValueError(f"launch has {count} processes for a batch of {self.training.batch_size}; take fewer")
         return self
 
 

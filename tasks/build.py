@@ -1,13 +1,15 @@
 """One build: a spec, a store, the receipts so far, and the record of how it ended.
 
 The record is what `kilotok run --json` prints and what the report and the next build read; it is written to the store's
-records whatever the outcome. Refuses to know the order of the stages: that is `flows/rebuild.py`.
+records whatever the outcome. Refuses to run stages side by side: that is `flows/rebuild.py`.
+Run it without Prefect, up to one stage: `python -m tasks.build SPEC STORE STAGE [KEY=VALUE...]`.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from specs.errors import KilotokError
 from specs.load import load_spec
+from specs.lock import check_lock, read_lock
 from specs.receipts import Receipt
 from specs.schema import Spec
 from tasks.predict.forecast import forecast
@@ -124,3 +127,21 @@ def _stage_row(receipt: Receipt) -> dict[str, Any]:
 def new_build_id() -> str:
     """Sorts by time, unique per process: 20261123-020000-4711."""
     return f"{datetime.datetime.now(datetime.timezone.utc):%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def main(arguments: list[str]) -> int:
+    """Build one stage and what comes before it; `--set`'s KEY=VALUE last."""
+    spec, store, last, *overrides = arguments
+    try:
+        build = Build.open(spec, overrides, store, lambda event: print(event.stage, event.kind, event.text, flush=True))
+        check_lock(build.spec, read_lock(build.spec))
+        for name in list(REGISTRY)[: list(REGISTRY).index(last) + 1]:
+            build.run(name)
+    except KilotokError as error:
+        print(f"kilotok: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

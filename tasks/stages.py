@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TORCH = ("torch", "transformers", "tokenizers", "safetensors")
+# All of `draft` that shapes a head: not `launch`.
+DRAFT = ("method", "capture_layers", "target", "vocab_size", "ffn_multiplier", "intermediate_size", "data", "training")
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ STAGES: tuple[Stage, ...] = (
         "train_draft",
         inputs=("download", "quantize", "synthesize"),
         starts_from="draft.training.warm_start",
-        told=("validate.acceptance",),
-        reads=("draft",),
+        told=("validate.acceptance", "draft.launch"),
+        reads=tuple(f"draft.{name}" for name in DRAFT),
         packages=("nvidia-modelopt", *_TORCH),
         entry="tasks.train_draft:build",
         isolated=True,
@@ -113,7 +115,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         inputs=("quantize", "synthesize", "train_draft", "build_engine", "validate"),
         uses=("download", "deploy", "promote"),
-        reads=("name", "validate", "engine", "draft"),
+        reads=("name", "validate", "engine", *(f"draft.{name}" for name in DRAFT)),
         tells=True,
         entry="tasks.report:build",
     ),

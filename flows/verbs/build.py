@@ -74,6 +74,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from tasks.plan import plan as make_plan
     from tasks.predict.forecast import forecast
     from tasks.store import open_store
+    from tasks.train_draft.launch import argv as training_argv
 
     spec = load_spec(Path(arguments.spec), arguments.overrides)
     found: dict[str, Any] = {"lock": "ok"}
@@ -89,6 +90,9 @@ def plan(arguments: argparse.Namespace) -> int:
     except InputError as error:  # the plan is shown, then refused
         refusal, found["refused"] = error, str(error)
     text = planned.to_text() + (f"\n  lock {found['lock']}" if found["lock"] != "ok" else "")
+    if command := training_argv(spec.to_dict()["draft"], "JOB.json"):
+        found["train_draft"] = {"argv": command}
+        text += f"\n  train_draft starts {' '.join(command)}"
     if spec.engine.backend == "trtllm":
         more, found["engine"] = _launch(spec)
         text += more

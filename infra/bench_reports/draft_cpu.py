@@ -1,7 +1,7 @@
 """Draft training on a CPU: tokens/s beside modelopt's own forward, acceptance beside speculators' loop, both targets.
 
 One machine, one target, one set of answers, one head. `prepare` writes features and an untrained head; `speculators`
-runs under an interpreter that has speculators; `modelopt`, `ours` and `targets` under kilotok's.
+runs under an interpreter that has speculators; the other parts under kilotok's.
 Refuses to compare what started elsewhere: every loop begins with the head that `prepare` wrote.
 Run it: `python infra/bench_reports/draft_cpu.py PART WORK [SOURCE QUANTIZED ANSWERS] [--seconds N]`.
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 BATCH, STEPS, RATE = 8, 3, 2e-3  # the tiny spec's batch_size, ttt_steps and learning_rate
+PARTS = ("prepare", "ours", "pair", "padding", "modelopt", "targets", "speculators", "judge")
 SPEC = {"epochs": 1000, "learning_rate": RATE, "batch_size": BATCH, "ttt_steps": STEPS, "seed": 0}
 
 
@@ -50,16 +51,16 @@ def prepare(work: Path, source: Path, answers: Path) -> None:
     print(json.dumps({"sequences": len(train), "tokens": sum(len(s.token_ids) for s in train)}))
 
 
-def load(source: Path, answers: Path) -> tuple[Any, Any, list[Any], list[Any]]:
+def load(source: Path, answers: Path, seed: int = 0) -> tuple[Any, Any, list[Any], list[Any]]:
     """(converted model, capture, training sequences, held-back ones)."""
     from tasks.job import Job
-    from tasks.train_draft import data, stage
+    from tasks.train_draft import data, place, stage
 
     draft = {"target": "source", "capture_layers": None, "vocab_size": None, "training": SPEC}
     train, held = data.split(data.read_answers(answers / "answers.jsonl", 256))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     job = Job("train_draft", {"name": "bench", "draft": draft}, source, {"download": source}, source)
-    model, capture = stage.load(job, train)
+    model, capture = stage.load(job, train, place.alone())
     return model, capture, train, held
 
 
@@ -74,6 +75,51 @@ def ours(work: Path, source: Path, answers: Path, seconds: float) -> None:
     run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
     state = run.run(Progress())
     report("ours", state.step, stage.trained_tokens(run, state.step), state.seconds, length(model, store, held))
+
+
+def pair(work: Path, source: Path, answers: Path, seconds: float) -> None:
+    """The same through torchrun: two gloo processes of one thread each, their start and first epoch included."""
+    from tasks.job import Job, Progress
+    from tasks.train_draft import launch, place, stage
+
+    scratch = work / f"pair-{int(time.time())}"
+    scratch.mkdir()
+    training = {**SPEC, "max_seconds": seconds, "sequence_length": 256, "hidden_states_gib": 8.0}
+    draft = {"target": "source", "capture_layers": None, "training": training,
+             "launch": {"nodes": 1, "processes_per_node": 2}}  # fmt: skip
+    inputs = {"download": source.absolute(), "synthesize": answers}
+    job = Job("train_draft", {"name": "bench", "draft": draft}, source, inputs, scratch)
+    began = time.monotonic()
+    launch.train(job, Progress())
+    elapsed = time.monotonic() - began
+    train, held = stage.read(job)
+    run, _ = stage.ready(job, train, held, place.alone())
+    state = run.run(Progress())  # the pair's last checkpoint
+    tokens = stage.trained_tokens(run, state.step)
+    report(
+        f"two processes, {elapsed:.0f} s in all", state.step, tokens, state.seconds, length(run.model, run.store, held)
+    )
+
+
+def padding(work: Path, source: Path, answers: Path, seconds: float) -> None:
+    """What packing could save: batches in order of length, as the trainer blurs them, and in no order."""
+    from tasks.job import Progress
+    from tasks.train_draft import data, features, stage, trainer
+
+    model, capture, train, _ = load(source, answers)
+    for jitter in (0, data.JITTER_TOKENS, 10**9):
+        data.JITTER_TOKENS = jitter
+        batches = [[len(train[i].token_ids) for i in batch] for batch in data.make_batches(train, BATCH, 0)]
+        padded_to = sum(max(batch) * len(batch) for batch in batches)
+        empty = 1 - sum(map(sum, batches)) / padded_to
+        scratch = work / f"padding-{jitter}-{int(time.time())}"
+        store = features.FeatureStore(capture, scratch / "features", 8.0)
+        write_states(store, train, scratch / "states.json")
+        run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
+        state = run.run(Progress())
+        report(
+            f"jitter {jitter}, {empty:.1%} empty", state.step, stage.trained_tokens(run, state.step), state.seconds, 0
+        )
 
 
 def modelopt(work: Path, source: Path, answers: Path, seconds: float) -> None:
@@ -119,20 +165,42 @@ def padded(rows: list[dict[str, torch.Tensor]], longest: int) -> dict[str, Any]:
     return {"input_ids": stack("ids"), "attention_mask": valid.long(), "loss_mask": mask, "base_model_outputs": given}
 
 
-def targets(work: Path, source: Path, quantized: Path, answers: Path, seconds: float) -> None:
-    """One head from each target's hidden states, both judged on the quantized one's, as they are served."""
+def targets(work: Path, source: Path, quantized: Path, answers: Path, given: argparse.Namespace) -> None:
+    """One head from each target's hidden states, both judged on the quantized one's, as they are served.
+
+    The hidden states are written first, and that is timed alone. Then trainings of as many steps (4 epochs for a
+    minute of `--seconds`), or of as many seconds as writing the states left.
+    """
     from tasks.job import Progress
     from tasks.train_draft import features, trainer
 
-    for name in ("source", "quantized"):
-        model, capture, train, held = load(source, answers)
-        served = features.ServedCapture(quantized, capture.layers)
-        scratch = work / f"{name}-{int(time.time())}"
-        store = features.FeatureStore(capture if name == "source" else served, scratch / "features", 8.0)
-        run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
-        state = run.run(Progress())
-        judge = features.FeatureStore(served, scratch / "judge", 8.0)
-        report(name, state.step, 0, state.seconds, length(model, judge, held))
+    for start in given.starts:
+        for name in ("source", "quantized"):
+            model, capture, train, held = load(source, answers, start)
+            served = features.ServedCapture(quantized, capture.layers)
+            store = features.FeatureStore(capture if name == "source" else served, work / f"states-{name}", 8.0)
+            spent = write_states(store, train, work / f"states-{name}.json")
+            limit = {"epochs": round(given.seconds / 15)}
+            if given.equal == "seconds":
+                limit = {"max_seconds": given.seconds - spent}
+            scratch = work / f"{name}-{start}-{int(time.time())}"
+            scratch.mkdir()
+            state = trainer.Trainer(model, store, train, {**SPEC, **limit}, scratch).run(Progress())
+            judge = features.FeatureStore(served, work / "judge", 8.0)
+            row = f"{name}, equal {given.equal}, start {start}, states {spent:.1f} s"
+            report(row, state.step, 0, state.seconds, length(model, judge, held))
+
+
+def write_states(store: Any, train: list[Any], record: Path) -> float:
+    """Every batch's hidden states to the store; the seconds that took, also when an earlier call wrote them."""
+    from tasks.train_draft import data
+
+    if not record.exists():
+        began = time.monotonic()
+        for index, batch in enumerate(data.make_batches(train, BATCH, 0)):
+            store.get(f"batch-{index:06d}", [train[i] for i in batch])
+        record.write_text(json.dumps(time.monotonic() - began))
+    return float(json.loads(record.read_text()))
 
 
 def length(model: Any, store: Any, held: list[Any]) -> float:
@@ -232,20 +300,23 @@ def report(name: str, step: int, tokens: float, seconds: float, acceptance: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("prepare", "ours", "modelopt", "targets", "speculators", "judge"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("work", type=Path)
     parser.add_argument("artifacts", type=Path, nargs="*", help="SOURCE QUANTIZED ANSWERS")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--starts", type=int, nargs="*", default=[0, 1, 2], help="of `targets`: seeds of the head")
+    parser.add_argument("--equal", choices=("steps", "seconds"), default="steps", help="of `targets`")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     if given.part == "speculators":
         return speculators_loop(given.work, given.seconds)
     source, quantized, answers = given.artifacts
     if given.part == "targets":
-        return targets(given.work, source, quantized, answers, given.seconds)
+        return targets(given.work, source, quantized, answers, given)
     if given.part in ("prepare", "judge"):
         return {"prepare": prepare, "judge": judge}[given.part](given.work, source, answers)
-    return {"ours": ours, "modelopt": modelopt}[given.part](given.work, source, answers, given.seconds)
+    timed = {"ours": ours, "pair": pair, "padding": padding, "modelopt": modelopt}
+    return timed[given.part](given.work, source, answers, given.seconds)
 
 
 if __name__ == "__main__":

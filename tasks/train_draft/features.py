@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from engine_plugins.ops.allreduce_rmsnorm.reference import rmsnorm
 from tasks.train_draft import data
 
+CPU = torch.device("cpu")
+
 
 def default_capture_layers(num_layers: int) -> list[int]:
     """The record's choice: near the start, the middle and the end; layer outputs counted from 0."""
@@ -47,8 +49,9 @@ class Capture:
     def run(self, token_ids_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [B, L, 3H] and the last hidden state after the final norm [B, L, H]."""
         self._seen.clear()
-        last = self.target.model(input_ids=token_ids_BL, use_cache=False).last_hidden_state
-        return torch.cat([self._seen[i] for i in self.layers], -1), last
+        norm = self.target.model.norm.weight  # where the head is
+        last = self.target.model(input_ids=token_ids_BL.to(norm.device), use_cache=False).last_hidden_state
+        return torch.cat([self._seen[i].to(norm.device) for i in self.layers], -1).float(), last.float()
 
     @property
     def recorded(self) -> list[int]:
@@ -56,7 +59,10 @@ class Capture:
 
 
 class ServedCapture:
-    """The same of a quantized checkpoint, with its activations and KV cache rounded as the engine rounds them."""
+    """The same of a quantized checkpoint, with its activations and KV cache rounded as the engine rounds them.
+
+    It is the engine's reference in FP32 on the CPU, whatever device the head trains on.
+    """
 
     def __init__(self, checkpoint: Path, layers: Sequence[int]) -> None:
         from engine_plugins.native.reference import ReferenceModel
@@ -96,17 +102,19 @@ def _routed_once(moe: Any) -> Any:
 class FeatureStore:
     """Features of batches of sequences; `get` reads the shard or computes and writes it."""
 
-    def __init__(self, capture: Capture | ServedCapture, path: Path, budget_gib: float) -> None:
-        self.capture, self.path, self.budget = capture, path, budget_gib * 2**30
+    def __init__(
+        self, capture: Capture | ServedCapture, path: Path, budget_gib: float, device: torch.device = CPU
+    ) -> None:
+        self.capture, self.path, self.budget, self.device = capture, path, budget_gib * 2**30, device
         path.mkdir(parents=True, exist_ok=True)
         self.used = sum(shard.stat().st_size for shard in path.glob("*.safetensors"))
         self.computed = 0
 
-    def get(self, name: str, sequences: list[data.Sequence]) -> dict[str, torch.Tensor]:
-        """`features` [B, T, 3H] and `teacher` [B, R, H] in FP32, zero where a sequence has no row."""
+    def get(self, name: str, sequences: Sequence[data.Sequence]) -> dict[str, torch.Tensor]:
+        """`features` [B, T, 3H] and `teacher` [B, R, H] in FP32 on `device`, zero where a sequence has no row."""
         shard = self.path / f"{name}.safetensors"
         if shard.exists():
-            tensors = load_file(shard)
+            tensors = load_file(shard, device=str(self.device))
         else:
             tensors = {key: value.bfloat16() for key, value in self.compute(sequences).items()}
             size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -115,17 +123,17 @@ class FeatureStore:
                 temporary = shard.with_suffix(".tmp")
                 save_file(tensors, temporary)
                 os.replace(temporary, shard)  # a kill leaves a whole shard or none
-        return {key: value.float() for key, value in tensors.items()}
+        return {key: value.to(self.device, torch.float32) for key, value in tensors.items()}
 
-    def compute(self, sequences: list[data.Sequence]) -> dict[str, torch.Tensor]:
-        """The target's forward pass on these sequences; FP32."""
+    def compute(self, sequences: Sequence[data.Sequence]) -> dict[str, torch.Tensor]:
+        """The target's forward pass on these sequences; FP32, on `device`."""
         self.computed += 1
         longest = max(len(s.token_ids) for s in sequences)
         ids = torch.zeros(len(sequences), longest, dtype=torch.long)
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence.token_ids)] = torch.tensor(sequence.token_ids)
-        features, last = self.capture.run(ids)
-        teacher = torch.zeros(len(sequences), max(s.chains for s in sequences), last.shape[-1])
+        features, last = (tensor.to(self.device) for tensor in self.capture.run(ids))
+        teacher = last.new_zeros(len(sequences), max(s.chains for s in sequences), last.shape[-1])
         for i, sequence in enumerate(sequences):
             start, rows = sequence.prompt_tokens, sequence.chains
             teacher[i, :rows] = last[i, start : start + rows]

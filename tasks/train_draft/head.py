@@ -81,7 +81,7 @@ def _initialise(model: Any, d2t: torch.Tensor | None) -> None:
     lm_head = model.lm_head.weight
     if d2t is not None:
         eagle.d2t.copy_(d2t)
-        lm_head = lm_head[torch.arange(len(d2t)) + d2t]
+        lm_head = lm_head[(torch.arange(len(d2t)) + d2t).to(lm_head.device)]
     eagle.lm_head.weight.copy_(lm_head)
     eagle.norm.weight.copy_(model.model.norm.weight)
 

@@ -20,7 +20,7 @@ from tasks.acceptance import acceptance_frame, acceptance_metrics, golden_gap
 from tasks.job import Job, Progress
 from tasks.prompts import template_sha256
 from tasks.tables import write
-from tasks.train_draft import acceptance, data, detectors, features, head, trainer, vocabulary
+from tasks.train_draft import acceptance, data, detectors, features, head, launch, place, trainer, vocabulary
 from tasks.train_draft.unroll import Unroller
 
 NUM_DRAFTS = 3  # the chain length that acceptance is reported for
@@ -30,25 +30,16 @@ JUDGED = 32  # held-back answers that the target must have given itself
 
 def build(job: Job, progress: Progress) -> dict[str, float]:
     """EAGLE-3 head in `job.out`; returns `train_draft.*` metrics and the estimated acceptance."""
-    draft, answers = job.spec["draft"], job.inputs["synthesize"]
-    summary = json.loads((answers / "summary.json").read_text())
+    draft = job.spec["draft"]
+    summary = json.loads((job.inputs["synthesize"] / "summary.json").read_text())
     detectors.check_template(summary["chat_template_sha256"], template_sha256(job.inputs["download"]))
-    training = draft["training"]
-    sequences = data.read_answers(answers / "answers.jsonl", int(training["sequence_length"]))
-    check_data(sequences)
-    train, held_back = data.split(sequences)
+    train, held_back = read(job)
+    if launch.processes(draft) > 1:
+        launch.train(job, progress)  # what follows finds its last checkpoint, and nothing left to train
 
     progress(0, 1, "load")
-    torch.manual_seed(int(training["seed"]))
-    model, capture = load(job, train)
-    layers, d2t = capture.layers, getattr(model.eagle_module, "d2t", None)
-    metrics = {"train_draft.target_agreement": check_target(capture, model.lm_head.weight, held_back)}
-    if d2t is not None:
-        metrics["train_draft.vocabulary_share"] = check_vocabulary(d2t, held_back)
-    store = features.FeatureStore(capture, job.scratch / "features", float(training["hidden_states_gib"]))
-
-    run = trainer.Trainer(model, store, train, training, job.scratch)
-    state = run.run(progress)
+    run, metrics = ready(job, train, held_back, place.alone())
+    model, store, state = run.model, run.store, run.run(progress)
     progress.note("measure")
     head.round_to_bf16(model)
     frame = evaluate(model, store, held_back)
@@ -72,7 +63,7 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
             {
                 "method": "eagle3",
                 "target": draft["target"],
-                "capture_layers": layers,
+                "capture_layers": store.capture.layers,
                 "chat_template_sha256": summary["chat_template_sha256"],
                 "sequences": len(train),
                 "held_back": len(held_back),
@@ -85,18 +76,49 @@ def build(job: Job, progress: Progress) -> dict[str, float]:
     return metrics
 
 
+def read(job: Job) -> tuple[list[data.Sequence], list[data.Sequence]]:
+    """(training, held back) sequences, checked."""
+    length = int(job.spec["draft"]["training"]["sequence_length"])
+    sequences = data.read_answers(job.inputs["synthesize"] / "answers.jsonl", length)
+    check_data(sequences)
+    return data.split(sequences)
+
+
+def ready(
+    job: Job, train: list[data.Sequence], held_back: list[data.Sequence], where: place.Place
+) -> tuple[trainer.Trainer, dict[str, float]]:
+    """One process's trainer, and what the checks found of the model, the hidden states and the head that it loads."""
+    training = job.spec["draft"]["training"]
+    torch.manual_seed(int(training["seed"]))
+    model, capture = load(job, train, where)
+    states = job.scratch / "features"
+    if where.world > 1:
+        states /= f"{where.rank}-of-{where.world}"
+    store = features.FeatureStore(capture, states, float(training["hidden_states_gib"]) / where.world, where.device)
+    run = trainer.Trainer(model, store, train, training, job.scratch, where)
+    metrics = {}
+    if where.writes:
+        metrics["train_draft.target_agreement"] = check_target(capture, run.lm_head, held_back)
+        if hasattr(model.eagle_module, "d2t"):
+            metrics["train_draft.vocabulary_share"] = check_vocabulary(model.eagle_module.d2t.cpu(), held_back)
+    return run, metrics
+
+
 def target_of(job: Job) -> Path:
     """The checkpoint whose hidden states the head learns from."""
     return job.inputs["quantize" if job.spec["draft"]["target"] == "quantized" else "download"]
 
 
-def load(job: Job, train: list[data.Sequence]) -> tuple[Any, features.Capture | features.ServedCapture]:
+def load(
+    job: Job, train: list[data.Sequence], where: place.Place
+) -> tuple[Any, features.Capture | features.ServedCapture]:
     """(modelopt's model with the head in it, what records the target's hidden states), both checked."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     draft, source = job.spec["draft"], job.inputs["download"]
     require_llama(AutoConfig.from_pretrained(source).get_text_config())
-    target = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    target = AutoModelForCausalLM.from_pretrained(source, dtype=where.dtype).eval()
+    place.settle(target, where, job.scratch / f"offload-{where.rank}")
     layers = list(draft["capture_layers"] or features.default_capture_layers(target.config.num_hidden_layers))
     served = features.ServedCapture(target_of(job), layers) if draft["target"] == "quantized" else None
     capture = features.Capture(target, layers)
@@ -111,6 +133,7 @@ def load(job: Job, train: list[data.Sequence]) -> tuple[Any, features.Capture | 
     target.model.layers = decoder
     if earlier:
         earlier.copy_to(model)
+    model.eagle_module.float()  # on a GPU modelopt makes it BF16, as the target is
     model.train()
     return model, served or capture
 
@@ -140,11 +163,13 @@ def check_capture(
     recorded, _ = capture.run(ids)
     detectors.check_capture_layers(capture.layers, capture.recorded, target.config.num_hidden_layers)
     states = target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-    states = [state[0] for state in states]
+    states = [state[0].cpu() for state in states]
     for features_TC, tolerance in ((recorded[0], detectors.FEATURE_TOLERANCE), *_served(served, ids)):
-        parts = list(features_TC.chunk(len(capture.layers), -1))
+        parts = list(features_TC.cpu().chunk(len(capture.layers), -1))
         if capture.layers[-1] == target.config.num_hidden_layers - 1:
-            parts[-1] = target.model.norm(parts[-1])  # transformers shows the last layer's output only so
+            parts[-1] = target.model.norm(
+                parts[-1].to(target.model.norm.weight)
+            ).cpu()  # transformers shows the last layer's output only so
         detectors.check_features(torch.cat(parts, -1), states, capture.layers, tolerance)
 
 
@@ -161,7 +186,7 @@ def check_target(
     for sequence in held_back[:JUDGED]:
         _, last = capture.run(torch.tensor([sequence.token_ids]))
         start = sequence.prompt_tokens
-        said.append((last[0, start : start + sequence.chains] @ lm_head.T).argmax(-1))
+        said.append((last[0, start : start + sequence.chains].to(lm_head.device) @ lm_head.T).argmax(-1).cpu())
         answers.append(torch.tensor(sequence.token_ids[start + 1 :]))
     return detectors.check_backbone(torch.cat(said), torch.cat(answers))
 
@@ -188,10 +213,10 @@ def draft_vocabulary(draft: dict[str, Any], train: list[data.Sequence], vocab_si
 @torch.no_grad()
 def evaluate(model: Any, store: features.FeatureStore, held_back: list[data.Sequence]) -> pd.DataFrame:
     """Acceptance at three drafts on the held-back answers, by domain and position."""
-    unroller = Unroller(model.eagle_module, NUM_DRAFTS)
+    unroller, embedding = Unroller(model.eagle_module, NUM_DRAFTS), model.model.embed_tokens.weight.float()
     answers = []
     for sequence in held_back:
-        batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
+        batch = trainer.assemble([sequence], store.compute([sequence]), embedding)
         said = [to_target(model, logits[0].argmax(-1)) for logits in unroller.logits(batch)]
         right = [(tokens == batch.tokens_BR[0, step:]).tolist() for step, tokens in enumerate(said)]
         answers.append((sequence.domain, acceptance.replay(right, NUM_DRAFTS)))
@@ -231,11 +256,11 @@ def compare_with_engine(
     from engine_plugins.native.reference import ReferenceModel
 
     reference = ReferenceModel.from_checkpoint(target, out)
-    unroller = Unroller(model.eagle_module, NUM_DRAFTS)
+    unroller, embedding = Unroller(model.eagle_module, NUM_DRAFTS), model.model.embed_tokens.weight.float()
     worst = 0.0
     for sequence in held_back[:COMPARED]:
-        batch = trainer.assemble([sequence], store.compute([sequence]), model.model.embed_tokens.weight)
-        ours = unroller.logits(batch)
+        batch = trainer.assemble([sequence], store.compute([sequence]), embedding)
+        ours = [logits.cpu() for logits in unroller.logits(batch)]
         start, ids = sequence.prompt_tokens, list(sequence.token_ids)
         for row in {0, sequence.chains // 2}:
             steps = min(NUM_DRAFTS, sequence.chains - row)

@@ -1,7 +1,9 @@
 """The training loop: AdamW over unrolled chains, stopped by steps or by the clock, resumable at the step.
 
-Every ~20 s the head, the optimizer and the clock go to `.scratch`; after a kill -9 the run goes on at that step with
-the same data order. Refuses to hold features: it asks for a batch and forgets it.
+After the first step and every ~20 s the head, the optimizer and the clock go to `.scratch`; after a kill -9 the run
+goes on at that step with the same data order. Several processes share each batch and add their gradients, so that their
+number changes nothing but the time; the first one writes. (DistributedDataParallel needs a module's forward; the
+unroller reads the weights.) Refuses to hold features: it asks for a batch and forgets it.
 Run it: nothing to run; `python -m pytest tests/tasks/test_train_draft.py`.
 """
 
@@ -12,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from tasks.job import Progress
 from tasks.train_draft import data
 from tasks.train_draft.features import FeatureStore
+from tasks.train_draft.place import Place
 from tasks.train_draft.unroll import Batch, Unroller
 
 CHECKPOINT_SECONDS = 20.0
@@ -48,6 +51,7 @@ class Trainer:
     sequences: list[data.Sequence]
     spec: Mapping[str, Any]  # draft.training
     scratch: Path
+    place: Place = Place()
     checkpoint_seconds: float = CHECKPOINT_SECONDS
 
     def __post_init__(self) -> None:
@@ -57,52 +61,55 @@ class Trainer:
         self.total = len(self.batches) * int(self.spec["epochs"])
         self.parameters = dict(self.model.eagle_module.named_parameters())
         for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=self.spec["learning_rate"], weight_decay=0.0)
+        frozen = (self.model.model.embed_tokens.weight, self.model.lm_head.weight)
+        self.embedding, self.lm_head = (weight.detach().float() for weight in frozen)
         self.state = State()
 
     def run(self, progress: Progress, after_step: Callable[[State], None] = lambda state: None) -> State:
         """Trains to the end of the steps or of `max_seconds`, whichever is first."""
         self._resume()
+        self.place.copy(parameter.data for parameter in self.parameters.values())
         budget = self.spec.get("max_seconds") or math.inf
-        last = saved = time.monotonic()
+        self.clock, saved = time.monotonic(), -math.inf  # saved at once: a disk that cannot hold it says so now
         while self.state.step < self.total and self.state.seconds < budget:
             share = max(self.state.step / self.total, self.state.seconds / budget)
             row = self._step(share)
-            now = time.monotonic()
-            self.state.seconds += now - last
-            last = now
             self.state.curve.append(row)
             progress(share, 1.0, f"step {self.state.step}/{self.total} loss {row['loss']:.3f} hit {row['acc_1']:.0%}")
-            if now - saved > self.checkpoint_seconds:
+            if self.place.writes and self.clock - saved > self.checkpoint_seconds:
                 self._save()
-                saved = last = time.monotonic()
+                saved = self.clock = time.monotonic()
             after_step(self.state)
-        self._save()
+        if self.place.writes:
+            self._save()
         return self.state
 
-    def batch(self, step: int) -> Batch:
-        """What optimizer step `step` sees: a function of seed and step only."""
-        index = data.batch_at(step, len(self.batches), int(self.spec["seed"]))
-        chosen = [self.sequences[i] for i in self.batches[index]]
-        return assemble(chosen, self.store.get(f"batch-{index:06d}", chosen), self.model.model.embed_tokens.weight)
-
     def _step(self, share: float) -> dict[str, float]:
+        """One optimizer step on the batch of this step: a function of seed and step, not of the number of processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec["learning_rate"] * schedule(share)
-        batch = self.batch(self.state.step)
-        loss, hits = self.unroller.loss(batch, *teach(self.model, batch), decay=DECAY)
-        loss.backward()
+        index = data.batch_at(self.state.step, len(self.batches), int(self.spec["seed"]))
+        whole = [self.sequences[i] for i in self.batches[index]]
+        counts = [sum(max(0, s.chains - step) for s in whole) for step in range(self.unroller.steps)]
+        numbers = torch.zeros(len(counts) + 2, device=self.place.device)  # loss, right guesses of each step, seconds
+        if mine := self.place.share(whole):
+            batch = assemble(mine, self.store.get(f"batch-{index:06d}", mine), self.embedding)
+            loss, numbers[1:-1] = self.unroller.loss(batch, *teach(self.model, self.lm_head, batch), DECAY, counts)
+            loss.backward()
+            numbers[0] = loss.detach()
+        self.place.add(p.grad for p in self.parameters.values() if p.grad is not None)
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        self.state.step += 1
-        rates = (hits[:, 0] / hits[:, 1].clamp_min(1)).tolist()
-        return {
-            "step": float(self.state.step),
-            "loss": float(loss.detach()),
-            **{f"acc_{i + 1}": r for i, r in enumerate(rates)},
-        }
+        now = time.monotonic()
+        numbers[-1] = now - self.clock if self.place.writes else 0.0  # one clock, or they would not stop together
+        self.place.add([numbers])
+        mean, *right, seconds = numbers.tolist()
+        self.state.step, self.state.seconds, self.clock = self.state.step + 1, self.state.seconds + seconds, now
+        rates = {f"acc_{i + 1}": hits / max(counts[i], 1) for i, hits in enumerate(right)}
+        return {"step": float(self.state.step), "loss": mean, **rates}
 
     def _save(self) -> None:
         tensors = {f"weight.{name}": p.detach().contiguous() for name, p in self.parameters.items()}
@@ -133,6 +140,8 @@ class Trainer:
             parameter.data.copy_(tensors[f"weight.{name}"])
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             self.optimizer.state[parameter] = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+            for key in keys[1:]:  # AdamW keeps its step on the CPU
+                self.optimizer.state[parameter][key] = self.optimizer.state[parameter][key].to(parameter.device)
         torch.set_rng_state(tensors["rng"])
         self.state = State(meta["step"], meta["seconds"], meta["curve"])
 
@@ -146,8 +155,10 @@ def schedule(share: float) -> float:
 
 
 @torch.no_grad()
-def assemble(sequences: list[data.Sequence], features: Mapping[str, torch.Tensor], embedding: torch.Tensor) -> Batch:
-    """Sequences and their features as the tensors that the unroller wants."""
+def assemble(
+    sequences: Sequence[data.Sequence], features: Mapping[str, torch.Tensor], embedding: torch.Tensor
+) -> Batch:
+    """Sequences and their features as the tensors that the unroller wants, on the embedding's device."""
     longest = features["features"].shape[1]
     rows = features["teacher"].shape[1]
     next_ids = torch.zeros(len(sequences), longest, dtype=torch.long)
@@ -159,21 +170,21 @@ def assemble(sequences: list[data.Sequence], features: Mapping[str, torch.Tensor
         tokens[i, : sequence.chains] = ids[start + 1 : start + 1 + sequence.chains]
     return Batch(
         features["features"],
-        torch.nn.functional.embedding(next_ids, embedding.detach()),
+        torch.nn.functional.embedding(next_ids.to(embedding.device), embedding),
         features["teacher"],
-        tokens,
-        torch.tensor([s.prompt_tokens for s in sequences]),
-        torch.tensor([s.chains for s in sequences]),
+        tokens.to(embedding.device),
+        torch.tensor([s.prompt_tokens for s in sequences], device=embedding.device),
+        torch.tensor([s.chains for s in sequences], device=embedding.device),
     )
 
 
 @torch.no_grad()
-def teach(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def teach(model: Any, lm_head: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The target's distribution at each answer token [B, R, V] in the draft's vocabulary, and its argmax [B, R]."""
-    logits = batch.teacher_BRH @ model.lm_head.weight.T
+    logits = batch.teacher_BRH @ lm_head.T
     if hasattr(model.eagle_module, "d2t"):
         d2t = model.eagle_module.d2t
-        logits = logits[..., torch.arange(len(d2t)) + d2t]
+        logits = logits[..., torch.arange(len(d2t), device=d2t.device) + d2t]
     return logits.softmax(-1), logits.argmax(-1)
 
 

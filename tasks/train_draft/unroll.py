@@ -15,6 +15,7 @@ Legend: B sequences, T feature rows, R chains, H hidden, V draft vocabulary, N q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Batch:
 
     def valid(self, step: int) -> torch.Tensor:
         """[B, R-step] which chains have a token left to predict at `step`."""
-        rows = torch.arange(self.tokens_BR.shape[1] - step)
+        rows = torch.arange(self.tokens_BR.shape[1] - step, device=self.chains_B.device)
         return rows < (self.chains_B[:, None] - step)
 
 
@@ -90,17 +91,19 @@ class Unroller:
         """Draft logits [B, R-s, V] of step s for every chain, s = 0 .. steps-1."""
         layer, attention = self.layer, self.layer.self_attn
         rows, width = batch.tokens_BR.shape[1], batch.embeds_BTH.shape[-1]
+        device = batch.prompt_B.device
         q_e, q_h = attention.q_proj.weight.split(width, 1)
         kv_e, kv_h = torch.cat((attention.k_proj.weight, attention.v_proj.weight)).split(width, 1)
         cos, sin = self._rope(batch)
-        answer_BR = (batch.prompt_B[:, None] - 1 + torch.arange(rows)).clamp(max=batch.embeds_BTH.shape[1] - 1)
+        answer_BR = batch.prompt_B[:, None] - 1 + torch.arange(rows, device=device)
+        answer_BR = answer_BR.clamp(max=batch.embeds_BTH.shape[1] - 1)
 
         embeds_BTH = self._norm(batch.embeds_BTH, layer.input_layernorm)
         fused_BTH = batch.features_BTC @ self.eagle.fc.weight.T
         normed_BTH = self._norm(fused_BTH, layer.hidden_norm)
         embeds_kv = embeds_BTH @ kv_e.T
         keys, values = self._split_kv(embeds_kv + normed_BTH @ kv_h.T)
-        positions = torch.arange(keys.shape[2])
+        positions = torch.arange(keys.shape[2], device=device)
         keys = self._rotate(keys, cos[positions], sin[positions])
         bias_BR1T = self._bias(answer_BR, positions)
 
@@ -127,30 +130,31 @@ class Unroller:
         return out
 
     def loss(
-        self, batch: Batch, targets: torch.Tensor, correct: torch.Tensor, decay: float
+        self, batch: Batch, targets: torch.Tensor, correct: torch.Tensor, decay: float, counts: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """modelopt's loss, sum over steps of decay**s times mean soft cross entropy; hits [steps, 2] (right, of).
+        """modelopt's loss, sum over steps of decay**s times mean soft cross entropy; hits [steps], the right guesses.
 
-        targets: [B, R, V] the teacher at answer tokens; correct: [B, R] its argmax, in the draft vocabulary.
+        targets: [B, R, V] the teacher at answer tokens; correct: [B, R] its argmax, in the draft vocabulary; counts:
+        guesses of each step that the mean is over, more than this batch's own when it is a share of a larger one.
         """
-        total: torch.Tensor = torch.zeros(())
-        hits = torch.zeros(self.steps, 2)
+        total = torch.zeros((), device=targets.device)
+        hits = torch.zeros(self.steps, device=targets.device)
         for step, logits in enumerate(self.logits(batch)):
             valid = batch.valid(step)
-            weight = valid / (valid.sum() + 1e-5)
+            weight = valid / (counts[step] + 1e-5)
             total = total + SoftCrossEntropy.apply(logits, targets[:, step:], weight) * decay**step
             right = (logits.detach().argmax(-1) == correct[:, step:]) & valid
-            hits[step, 0], hits[step, 1] = right.sum(), valid.sum()
+            hits[step] = right.sum()
         return total, hits
 
     def _rope(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         last = batch.embeds_BTH.shape[1] + self.steps
-        cos, sin = self.eagle.rotary_emb(batch.embeds_BTH, torch.arange(last)[None])
+        cos, sin = self.eagle.rotary_emb(batch.embeds_BTH, torch.arange(last, device=batch.embeds_BTH.device)[None])
         return cos[0], sin[0]
 
     def _bias(self, answer_BR: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         seen = positions <= answer_BR[:, :, None]
-        return torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None]
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, float("-inf"))[:, None]
 
     def _norm(self, x: torch.Tensor, norm: Any) -> torch.Tensor:
         return RmsNorm.apply(x, norm.weight, norm.variance_epsilon)

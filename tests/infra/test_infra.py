@@ -6,9 +6,11 @@ Run it: `python -m pytest tests/infra`
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,16 @@ def test_slurm_script_is_shell_and_its_command_is_ours() -> None:
     script = INFRA / "slurm" / "rebuild.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "kilotok run" in script.read_text()
+
+
+def test_slurm_script_trains_on_the_nodes_it_was_given(tmp_path: Path) -> None:
+    """To the first refusal: too many processes for the batch is only known with all of its arguments in place."""
+    script = INFRA / "slurm" / "train_draft.sbatch"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    given = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NNODES": "4"}
+    command = ["bash", str(script), str(ROOT / "specs" / "tiny-llama4-cpu.yaml"), str(tmp_path / "store"), "3"]
+    run = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "launch has 12 processes for a batch of 8" in run.stderr, run.stderr

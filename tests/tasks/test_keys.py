@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from specs.schema import Draft
 from tasks.edges import machine
-from tasks.stages import REGISTRY, STAGES, Stage, downstream
+from tasks.stages import DRAFT, REGISTRY, STAGES, Stage, downstream
 from tasks.store import LocalStore
 from tasks.store.keys import CODE_ROOT, Known, SpecView, components, explain, flatten
 from tasks.store.memo import Memo
@@ -181,6 +182,10 @@ def test_what_a_stage_reads_beside_its_python_is_in_its_key(root: Path, stage: s
 def test_edit_of_the_store_rebuilds_no_model(root: Path, stage: str) -> None:
     code = Memo(LocalStore(root / "store")).code(f"tasks.{stage}", CODE_ROOT)
     assert not [file for file in code if file.startswith("tasks/store/")]
+
+
+def test_all_of_the_draft_but_its_launch_is_in_its_key() -> None:
+    assert {*DRAFT, "launch"} == set(Draft.model_fields)
 
 
 def test_draft_training_does_not_reach_quantize() -> None:
