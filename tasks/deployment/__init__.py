@@ -34,6 +34,14 @@ def ensure_running(deployment_json: Path, on_step: OnStep = silent) -> str:
         return slots.base_url(deployment.record.slots[deployment.start(plan)])
 
 
+def traces(deployment_json: Path) -> list[Path]:
+    """What the profiler left of the candidate's start; [] for an engine that leaves none."""
+    plan = load_plan(deployment_json)
+    found = Record(Path(plan["store"]), plan["name"]).load().slots.values()
+    own = [slot for slot in found if slot.get("plan", {}).get("digest") == plan["digest"]]
+    return sorted(path for slot in own for path in (slots.folder(slot) / "evidence").glob("trace*"))
+
+
 @contextmanager
 def set_aside(deployment_json: Path, on_step: OnStep = silent) -> Iterator[None]:
     """drain_swap: the candidate lends its memory for the time of a block, and comes back. blue_green: nothing to do."""

@@ -42,11 +42,27 @@ def check_engine(spec: Spec) -> None:
             "no engine here serves a parallel drafter yet", spec.where("engine.parallel_draft"),
             "use parallel_draft: false; predict and explain say what one would be worth",
         )  # fmt: skip
+    _check_forced(spec)
     most, whose = min(_longest_drafts(spec), default=(engine.draft_tokens, ""))
     if engine.draft_tokens > most:
         raise InputError(
             f"draft_tokens {engine.draft_tokens} makes steps of {engine.draft_tokens + 1} tokens; {whose} takes at "
             f"most {most + 1}", spec.where("engine.draft_tokens"), f"use draft_tokens: {most}",
+        )  # fmt: skip
+
+
+def _check_forced(spec: Spec) -> None:
+    """A forced acceptance that the engine cannot be made to have."""
+    length, most = spec.validation.latency.forced_acceptance, spec.engine.draft_tokens + 1
+    if length is None or most == 1:
+        return
+    whole = spec.engine.backend == "trtllm"
+    near = min(max(round(length), 2), most) if whole else min(length, most)
+    if length != near:
+        why = "forces whole numbers from 2" if whole and length < most else f"accepts at most {most} tokens a cycle"
+        raise InputError(
+            f"forced_acceptance {length:g}, but {spec.engine.backend} {why}",
+            spec.where("validate.latency.forced_acceptance"), f"use forced_acceptance: {near:g}",
         )  # fmt: skip
 
 

@@ -47,13 +47,14 @@ def cycle_parts(waterfall: Mapping[str, Any] | None, metrics: Mapping[str, float
             parts.append({"name": _part_label(name), "group": _group(name), "us": us})
     total = as_number(first(waterfall, "cycle_us", "total_us", "us")) or as_number(metrics.get("cycle.us"))
     if not parts:
-        return {"total_us": total, "parts": [], "unexplained_us": None} if total else None
+        return {"total_us": total, "parts": [], "unexplained_us": None, "source": ""} if total else None
     parts.sort(key=lambda part: GROUPS.index(part["group"]))  # stable: operators keep the engine's order
     explained = sum(part["us"] for part in parts)
     left = total - explained if total else None
     if left is not None and total and left > 0.01 * total:
         parts.append({"name": "not attributed", "group": "host", "us": left})
-    return {"total_us": total or explained, "parts": parts, "unexplained_us": left}
+    source = str(waterfall.get("source") or "counters")
+    return {"total_us": total or explained, "parts": parts, "unexplained_us": left, "source": source}
 
 
 def _named_parts(waterfall: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,19 +52,19 @@ def build(
         from tasks.deployment import ensure_running
 
         serve = ensure_running
-    return _Validation(job, progress).run(serve, source or partial(source_server, job=job, starter=starter))
+    return _Validation(job, progress, starter).run(serve, source or partial(source_server, job=job, starter=starter))
 
 
 class _Validation:
     """One validation. Holds what its steps share; every step is resumable by what it left in scratch."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
+    def __init__(self, job: Job, progress: Progress, starter: Starter | None = None) -> None:
         from tasks.prompts import read_prompts, resolve
         from tasks.validate.accuracy import Questions
         from tasks.validate.client import token_counter
         from tasks.validate.problems import by_task, read_problems
 
-        self.job, self.progress = job, progress
+        self.job, self.progress, self.starter = job, progress, starter
         self.settings = job.spec["validate"]
         self.accuracy, self.latency = self.settings["accuracy"], self.settings["latency"]
         self.draft_tokens = int(job.spec["engine"]["draft_tokens"])
@@ -141,6 +141,7 @@ class _Validation:
         endpoint = speed.connect(base_url, self.count)
         speed.warm_up(endpoint, self.warm_up_asks())
         rows, made = speed.alone(endpoint, self.asks, lambda done: self.step(1, done / len(self.asks)))
+        made = self.add_trace(made)
         (self.job.out / "waterfall.json").write_text(json.dumps(made, indent=1))
         self.metrics.update(speed.one_user(rows, made))
         crowd, metrics = speed.crowds(endpoint, self.crowd_asks(), self.latency)
@@ -150,6 +151,16 @@ class _Validation:
         if self.latency.get("witness"):
             self.hear_witness(endpoint, rows)
         return [*rows, *crowd]
+
+    def add_trace(self, made: dict[str, Any]) -> dict[str, Any]:
+        """Parts of the cycle from the profiler, for an engine that does not count them itself."""
+        from tasks.deployment import traces
+        from tasks.validate.trace import longest
+        from tasks.validate.waterfall import with_trace
+
+        deployment = self.job.inputs["deploy"] / "deployment.json"
+        given = self.backend == "trtllm" and deployment.is_file()
+        return with_trace(made, longest(traces(deployment)) if given else None)
 
     def time_engine_alone(self) -> None:
         from tasks.validate import speed
@@ -163,7 +174,7 @@ class _Validation:
             return
         self.step(2)
         bundle = self.job.inputs["build_engine"]
-        with forced_server(bundle, self.job.scratch, self.backend, length) as url:
+        with forced_server(bundle, self.job.scratch, self.backend, length, self.job, self.starter) as url:
             endpoint = speed.connect(url, self.count)
             speed.warm_up(endpoint, self.warm_up_asks())
             self.metrics.update(speed.engine_alone(endpoint, self.asks[: speed.BASELINE_REQUESTS]))

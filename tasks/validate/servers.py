@@ -5,8 +5,8 @@ time (engine_plugins/native/cpp/unfused.h): the other side of every comparison. 
 bundle accepting drafts at a fixed rate, right or wrong: its speed is the engine's alone, so a change of speed is the
 engine's or the draft's.
 
-It refuses to stand in for the source with anything quantized, speculative or fused, to give a forced answer to anyone
-but the stopwatch, and a forced acceptance on trtllm.
+It refuses to stand in for the source with anything quantized, speculative or fused, and to give a forced answer to
+anyone but the stopwatch.
 
 Run: part of `validate`; alone: `python -m engine_plugins.native.server --bundle DIR --forced-acceptance 3`
 """
@@ -25,13 +25,14 @@ from typing import Any
 
 from specs.errors import StageFailed
 from tasks.deployment import set_aside
-from tasks.deployment.plain import Starter, plain_server
+from tasks.deployment.plain import Starter, bundle_server, plain_server
 from tasks.edges.process import last_lines, spawn, stop
 from tasks.edges.service import free_port, http_status
 from tasks.job import Job
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
+FORCE_DRAFTS = "TLLM_SPEC_DECODE_FORCE_NUM_ACCEPTED_TOKENS"  # whole drafts a cycle, the sure token not counted
 
 
 @contextmanager
@@ -57,11 +58,25 @@ def source_server(
 
 
 @contextmanager
-def forced_server(candidate: Path, scratch: Path, backend: str, tokens_per_cycle: float) -> Iterator[str]:
+def forced_server(
+    candidate: Path,
+    scratch: Path,
+    backend: str,
+    tokens_per_cycle: float,
+    job: Job | None = None,
+    starter: Starter | None = None,
+) -> Iterator[str]:
     """Base URL of the candidate's engine at a forced acceptance. Raises as `source_server`."""
-    if backend != "native":
-        fix = "set validate.latency.forced_acceptance: null"
-        raise StageFailed(f"the {backend} engine runs at no forced acceptance", "engine.backend", fix)
+    if backend == "trtllm":
+        assert job is not None
+        env = {FORCE_DRAFTS: f"{round(tokens_per_cycle) - 1}"}  # whole: tasks/predict/limits.py has refused others
+        own = scratch / "forced"
+        with (
+            set_aside(job.inputs["deploy"] / "deployment.json"),
+            bundle_server(job.spec, candidate, own, starter, env) as url,
+        ):
+            yield url
+        return
     with native_server(candidate, scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
         yield url
 

@@ -4,7 +4,10 @@ TPS/user = acceptance length / cycle time. `cycle.us` is what the engine spent p
 cycle took as the user saw it; their difference, `cycle.outside_us`, is the server around the engine: HTTP, tokens to
 text, scheduling.
 
-It refuses to invent parts: an engine without counters gives a cycle time from the client alone.
+TensorRT-LLM has no such counters: its parts come from the profiler's trace of its start (trace.py) and are those of a
+profiled cycle; `cycle.us` is then the client's.
+
+It refuses to invent parts: an engine without counters and trace gives a cycle time from the client alone.
 
 Run: `python -m pytest tests/tasks/test_validate_waterfall.py`
 """
@@ -45,9 +48,17 @@ def waterfall(
             made["parts"].append({"name": group, "us": 1e6 * (value - before.get(name, 0.0)) / made["cycles"]})
     made["cycle_us"] = sum(part["us"] for part in made["parts"]) or None
     made["client_us"] = client_cycle_us(rows)
+    made["source"] = "counters" if made["parts"] else ""
     both = made["cycle_us"] is not None and made["client_us"] is not None
     made["outside_us"] = made["client_us"] - made["cycle_us"] if both else None
     return made
+
+
+def with_trace(made: Mapping[str, Any], profiled: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The waterfall with the parts of a profiled cycle, where the engine's counters gave none."""
+    if made["parts"] or profiled is None:
+        return dict(made)
+    return {**made, **profiled, "outside_us": None, "source": "profiler"}
 
 
 def client_cycle_us(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -64,7 +75,7 @@ def cycle_metrics(made: Mapping[str, Any]) -> dict[str, float]:
     """`cycle.us`, `cycle.client_us`, `cycle.outside_us`, `cycle.<part>_us`."""
     metrics = {f"cycle.{part['name']}_us": part["us"] for part in made["parts"]}
     named = {
-        "cycle.us": made["cycle_us"] or made["client_us"],
+        "cycle.us": made["client_us"] if made["source"] == "profiler" else made["cycle_us"] or made["client_us"],
         "cycle.client_us": made["client_us"],
         "cycle.outside_us": made["outside_us"],
     }

@@ -180,6 +180,8 @@ def test_what_cannot_run_names_the_nearest_that_can(overrides: list[str], words:
         (["engine.draft_tokens=9"], "steps of 10 tokens; .* takes at most 8.*use draft_tokens: 7"),
         (["engine.draft_tokens=9", "engine.plugins=[]"], "enable_min_latency takes at most 8"),
         (["engine.draft_tokens=9", "engine.options={}"], "the plugin .* takes at most 8"),
+        (["validate.latency.forced_acceptance=2.5"], "trtllm forces whole numbers from 2.*use forced_acceptance: 2"),
+        (["validate.latency.forced_acceptance=6"], "accepts at most 4 tokens a cycle.*use forced_acceptance: 4"),
         (["engine.parallel_draft=true"], "no engine here serves a parallel drafter.*use parallel_draft: false"),
     ],
 )

@@ -24,6 +24,7 @@ from tasks.job import Job, Progress
 from tasks.store import open_store
 from tasks.validate import build as validate
 from tasks.validate.client import Parsed, speculation_of_steps
+from tests.engine_plugins.models import save_draft
 from tests.tasks.deploy_driver import SERVERS
 from tests.tasks.test_deploy_trtllm import ENGINE
 from tests.tasks.test_validate import TINY, make_job
@@ -72,7 +73,7 @@ def test_server_of_a_stage_ends_with_it_and_says_why_it_did_not_start(
 
 
 class Swap:
-    """A trtllm candidate of the tiny model in a drain_swap deployment."""
+    """A trtllm candidate of the tiny model, with a head that knows nothing, in a drain_swap deployment."""
 
     def __init__(self, folder: Path) -> None:
         from engine_plugins.trtllm.bundle import write_bundle
@@ -82,8 +83,9 @@ class Swap:
         for made in (self.bundle, out):
             made.mkdir(parents=True)
         self.store = open_store(self.root)
-        self.spec = spec(deploy={**DEPLOY, "port": self.port})
-        write_bundle(self.bundle, self.spec, TINY, None, prove=False)
+        self.spec = spec(engine={**PLAIN, "draft_tokens": 3}, deploy={**DEPLOY, "port": self.port})
+        head = save_draft(folder / "head", target=json.loads((TINY / "config.json").read_text()))
+        write_bundle(self.bundle, self.spec, TINY, head, prove=False)
         self.job = Job("deploy", self.spec, self.root, {"build_engine": self.bundle}, out)
         deploy.build(self.job, Progress(), server=SERVERS["trtllm"])
 
@@ -99,10 +101,15 @@ def swap(tmp_path: Path) -> Iterator[Swap]:
 def test_validation_measures_candidate_and_source_where_only_one_of_them_fits(swap: Swap, tmp_path: Path) -> None:
     job = make_job(tmp_path, gates=[], samples=3)
     job.spec.update(swap.spec)
-    job.spec["validate"]["latency"] |= {"requests": 16, "users": []}
+    job.spec["validate"]["latency"] |= {"requests": 16, "users": [], "forced_acceptance": 3.0}
     job.inputs.update(build_engine=swap.bundle, deploy=swap.job.out)
     metrics = validate(job, Progress(), starter=STARTER)
     assert metrics["latency.tps_per_user.p50"] > 0 and metrics["baseline.tps_per_user.p50"] > 0
+    assert metrics["forced.acceptance_length"] == pytest.approx(3, abs=0.2) != metrics["acceptance.length"]
+    assert metrics["forced.tps_per_user.p50"] > 0
+    cycle = json.loads((job.out / "waterfall.json").read_text())
+    assert (cycle["source"], cycle["cycle_us"]) == ("profiler", 100)
+    assert sum(part["us"] for part in cycle["parts"]) == pytest.approx(100) and metrics["cycle.attention_us"] > 0
     verdict = json.loads((job.out / "verdict.json").read_text())
     assert verdict["overall"]["difference"] == 0, "the same weights on both sides"
     slot = Record(swap.root, "tiny").load().slots["a"]

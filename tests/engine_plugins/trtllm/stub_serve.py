@@ -104,9 +104,16 @@ def write_trace(arguments: dict[str, Any], values: dict[str, str]) -> None:
     kernels = [
         kernel.in_trace for kernel in record_kernels({"engine": engine}, model_config(sys.argv[1])) if kernel.runs
     ]
-    events = [{"cat": "kernel", "name": f"void ns::{name}_kernel<4>(int)"} for name in kernels if name]
     graphs = "cuda_graph_config" not in IGNORED and arguments.get("cuda_graph_config", {}) is not None
-    events.append({"cat": "cuda_runtime", "name": "cudaGraphLaunch" if graphs else "cudaLaunchKernel"})
+    events: list[dict[str, Any]] = []
+    for step in range(3):  # of 100 us, every kernel 5 us long
+        args = {"correlation": step}
+        events.append(
+            {"cat": "cuda_runtime", "name": "cudaGraphLaunch" if graphs else "cudaLaunchKernel", "args": args}
+        )
+        for at, name in enumerate(name for name in ("fmha", *kernels) if name):
+            when = {"ts": 100 * step + 6 * at, "dur": 5}
+            events.append({"cat": "kernel", "name": f"void ns::{name}_kernel<4>(int)", "args": args, **when})
     Path(path).write_text(json.dumps({"traceEvents": events}))
 
 
@@ -147,7 +154,9 @@ def load(model: Path, draft: Path | None, arguments: dict[str, Any], values: dic
         model, scratch / "bundle", draft=draft, max_seq_len=int(values["--max_seq_len"]), max_batch_size=8,
         draft_tokens=arguments["speculative_config"]["max_draft_len"] if draft else 0,
     )  # fmt: skip
-    return native.Engine(scratch / "bundle", speculate=draft is not None), native.SamplingParams
+    forced = int(os.environ.get("TLLM_SPEC_DECODE_FORCE_NUM_ACCEPTED_TOKENS", "0"))
+    how = {"forced_acceptance": float(forced + 1)} if forced else {}
+    return native.Engine(scratch / "bundle", speculate=draft is not None, **how), native.SamplingParams
 
 
 def completions(state: server.EngineServer) -> Any:
