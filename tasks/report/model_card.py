@@ -70,7 +70,8 @@ def _section(title: str, said: str, header: Sequence[str] = (), rows: Sequence[S
 
 def _front_matter(report: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """What the Hub parses: relation to the source model, and each served accuracy as a result."""
-    front: dict[str, Any] = {"library_name": "kilotok", "tags": ["fp8", "eagle3", "speculative-decoding"]}
+    tags = ["fp8", "eagle3", "speculative-decoding"]
+    front: dict[str, Any] = {"library_name": "kilotok", "pipeline_tag": "text-generation", "tags": tags}
     if origin.startswith("hf://"):
         front["base_model"] = "/".join(origin.removeprefix("hf://").split("/")[:2])
         front["base_model_relation"] = "quantized"

@@ -97,11 +97,11 @@ class _Validation:
 
         inputs, out = self.job.inputs, self.job.out
         self.test_client()
-        served_url = serve(inputs["deploy"] / "deployment.json")
-        rows = self.time_served(served_url)
+        deployment = inputs["deploy"] / "deployment.json"
+        rows = self.time_served(serve(deployment))
         write(requests_frame(rows, "requests.parquet"), out / "requests.parquet")
         self.time_engine_alone()
-        served = self.answers("served", served_url, 3)
+        served = self.answers("served", serve(deployment), 3)  # which may have moved: it was set aside meanwhile
         with source(inputs["download"], inputs["build_engine"], self.job.scratch, self.backend) as source_url:
             baseline = self.time_source(source_url)
             write(requests_frame(baseline, "baseline_requests.parquet"), out / "baseline_requests.parquet")
