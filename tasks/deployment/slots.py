@@ -166,8 +166,8 @@ def speculation_of(answer: dict[str, Any]) -> dict[str, Any]:
     if usage.get("speculation") or not per_step:
         return usage.get("speculation") or {}
     tokens = int(usage.get("completion_tokens") or 0)
-    cycles = round(tokens / per_step)
-    return {"cycles": cycles, "accepted_by_position": [tokens - cycles], "draft_tokens": 1}
+    steps = round(tokens / per_step)  # the prompt's own is one of them
+    return {"cycles": steps - 1, "accepted_by_position": [tokens - steps], "draft_tokens": 1}
 
 
 def prove(slot: dict[str, Any]) -> dict[str, Any]:

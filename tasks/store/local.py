@@ -170,7 +170,8 @@ class LocalStore:
         with store_errors(self.root):
             for file in manifest.files:
                 _fsync(workdir / file.path)
-            _write_atomic(workdir / MANIFEST, manifest.to_json())
+            (workdir / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")  # no reader before the rename
+            _fsync(workdir / MANIFEST)
             _fsync(workdir)
             _remove(workdir / SCRATCH)
             target = self.folder(manifest)

@@ -122,7 +122,8 @@ def walk(folder: Path) -> list[tuple[str, os.stat_result]]:
     for base, folders, names in os.walk(folder):
         if Path(base) == folder:
             folders[:] = [name for name in folders if name not in _RESERVED]
-            names = [name for name in names if name not in _RESERVED]
+            # A manifest renewed in place (LocalStore._forgive) is written beside it first; a kill may leave that.
+            names = [name for name in names if name not in _RESERVED and not name.startswith(f".{MANIFEST}.")]
         for name in [*folders, *names]:
             path = Path(base, name)
             relative = path.relative_to(folder).as_posix()

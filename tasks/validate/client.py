@@ -52,7 +52,6 @@ RETRY_STATUS = (429, 503)
 # A character that the server cut in two, or a tokenization that is not canonical, moves a count a little; more is a
 # lie.
 COUNT_TOLERANCE = 0.02
-CHUNK_TOLERANCE = 0.1  # chunks and steps that differ by more are not one to one
 
 CountTokens = Callable[[str], np.ndarray]
 
@@ -370,18 +369,18 @@ def speculation(usage: Mapping[str, Any]) -> dict[str, Any]:
 def speculation_of_steps(parsed: Parsed, chunk_tokens: np.ndarray) -> dict[str, Any]:
     """The same from TensorRT-LLM, which tells tokens per step and, with stream_interval 1, sends a chunk for each.
 
-    The chunks' sizes then say how far each step's drafts went. Where chunks were merged only the total is known, and it
-    is laid on the first positions. {} from a server that does not tell.
+    The prompt's own step is one of them and no cycle. The chunks' sizes say how far each cycle's drafts went; where two
+    were merged, which looks like one that went further, only the total is known, and it is laid on the first positions.
+    {} from a server that does not tell.
     """
     generated = int(parsed.usage.get("completion_tokens") or 0)
     if not parsed.per_step or not generated:
         return {}
-    cycles = max(round(generated / parsed.per_step), 1)
-    accepted = generated - cycles
-    if abs(len(chunk_tokens) - cycles) <= max(2, CHUNK_TOLERANCE * cycles):
+    steps = max(round(generated / parsed.per_step), 1)
+    accepted, cycles = generated - steps, steps - 1
+    if len(chunk_tokens) == steps:
         by_position = [int((chunk_tokens > at).sum()) for at in range(1, int(chunk_tokens.max(initial=1)))]
-        cycles = max(len(chunk_tokens), 1)
     else:
-        whole, rest = divmod(accepted, cycles)
+        whole, rest = divmod(accepted, max(cycles, 1))
         by_position = [cycles] * whole + ([rest] if rest else [])
     return {"accepted": sum(by_position), "rejected": 0, "cycles": cycles, "accepted_by_position": by_position}

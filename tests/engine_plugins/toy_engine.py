@@ -53,7 +53,7 @@ class Running:
     prompt: str
     stream: TextStream
     accepted_by_position: list[int]
-    cycles: int = 0
+    cycles: int = -1  # the prompt's own step gives a token and is none
     reused: int = 0
 
 
@@ -109,10 +109,10 @@ class ToyEngine:
         if "nan" in request.prompt:
             del self._requests[request.id]
             return Event(request.id, [], "error")
-        accepted = next(self._accepted)
+        request.cycles += 1
+        accepted = next(self._accepted) if request.cycles else 0
         ids = list(itertools.islice(request.source, min(request.left, 1 + accepted)))
         request.left -= len(ids)
-        request.cycles += 1
         for at in range(accepted):
             request.accepted_by_position[at] += 1
         reason = "stop" if EOS in ids else "length" if request.left == 0 else None

@@ -47,6 +47,12 @@ def test_scratch_is_not_published(store: LocalStore) -> None:
     assert not (store.checkout(publish(store)) / ".scratch").exists()
 
 
+def test_half_a_manifest_of_a_kill_is_no_content(store: LocalStore) -> None:
+    (store.workdir("make", KEY) / f".{MANIFEST}.123.456").write_text("{")
+    manifest = publish(store)
+    assert manifest.digest == publish(store, key="b" * 64).digest and store.verify(manifest) == []
+
+
 def test_equal_content_has_an_equal_digest_under_another_key(store: LocalStore) -> None:
     assert publish(store).digest == publish(store, key="b" * 64).digest
 

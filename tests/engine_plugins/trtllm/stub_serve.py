@@ -254,7 +254,7 @@ def tokens_per_step(usage: dict[str, Any]) -> float | None:
     """Takes our counts out of a usage; the first token comes with the prompt's own step."""
     own = usage.pop("speculation", None) or {}
     usage.pop("completion_tokens_details", None)
-    return usage["completion_tokens"] / own["cycles"] if own.get("cycles") else None
+    return usage["completion_tokens"] / (own["cycles"] + 1) if own.get("cycles") else None
 
 
 if __name__ == "__main__":
