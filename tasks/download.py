@@ -165,6 +165,8 @@ class _Work:
     def _place(self, path: str, entry: FileLock) -> None:
         target = self.out / path
         target.parent.mkdir(parents=True, exist_ok=True)
+        with open(self._part(path), "rb") as part:
+            os.fsync(part.fileno())  # before the ledger vouches for it; the other streams go on meanwhile
         with self._guard:  # publishing believes it, and so does the next attempt
             record_hash(self.out, path, entry.sha256, self._part(path))
         os.replace(self._part(path), target)

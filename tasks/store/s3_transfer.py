@@ -24,7 +24,7 @@ from tasks.store.manifest import FileEntry
 from tasks.store.s3_upload import abort_stale, upload
 
 NUM_FILES_AT_ONCE = 8
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 _ATTEMPTS = 6
 _PAUSE_S = 0.5  # before the second attempt; doubles
 # Garbage collection spares young blobs, so a publisher may rely on one only while it is younger still (see sweep).
