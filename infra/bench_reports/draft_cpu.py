@@ -2,8 +2,9 @@
 
 One machine, one target, one set of answers, one head. `prepare` writes features and an untrained head; `speculators`
 runs under an interpreter that has speculators; the other parts under kilotok's.
+Every head is judged on the target's answers to held-out prompts (HELD_OUT, made by `synthesize` as ANSWERS are).
 Refuses to compare what started elsewhere: every loop begins with the head that `prepare` wrote.
-Run it: `python infra/bench_reports/draft_cpu.py PART WORK [SOURCE QUANTIZED ANSWERS] [--seconds N]`.
+Run it: `python infra/bench_reports/draft_cpu.py PART WORK [SOURCE QUANTIZED ANSWERS HELD_OUT] [--seconds N]`.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ PARTS = ("prepare", "ours", "pair", "padding", "modelopt", "targets", "speculato
 SPEC = {"epochs": 1000, "learning_rate": RATE, "batch_size": BATCH, "ttt_steps": STEPS, "seed": 0}
 
 
-def prepare(work: Path, source: Path, answers: Path) -> None:
+def prepare(work: Path, source: Path, answers: Path, held_out: Path) -> None:
     """The sequences' features (BF16, as our shards), an untrained head in both layouts, and its logits as a witness."""
     from safetensors.torch import save_file
 
     from tasks.train_draft import features, head, speculators, trainer
     from tasks.train_draft.unroll import Unroller
 
-    model, capture, train, held = load(source, answers)
+    model, capture, train, held = load(source, answers, held_out)
     store = features.FeatureStore(capture, work / "features", 8.0)
     rows = []
     for sequence in train:
@@ -51,25 +52,26 @@ def prepare(work: Path, source: Path, answers: Path) -> None:
     print(json.dumps({"sequences": len(train), "tokens": sum(len(s.token_ids) for s in train)}))
 
 
-def load(source: Path, answers: Path, seed: int = 0) -> tuple[Any, Any, list[Any], list[Any]]:
-    """(converted model, capture, training sequences, held-back ones)."""
+def load(source: Path, answers: Path, held_out: Path, seed: int = 0) -> tuple[Any, Any, list[Any], list[Any]]:
+    """(converted model, capture, training sequences, held-out ones)."""
     from tasks.job import Job
     from tasks.train_draft import data, place, stage
 
     draft = {"target": "source", "capture_layers": None, "vocab_size": None, "training": SPEC}
-    train, held = data.split(data.read_answers(answers / "answers.jsonl", 256))
+    train, _ = data.split(data.read_answers(answers / "answers.jsonl", 256))
+    held = data.read_answers(held_out / "answers.jsonl", 256)
     torch.manual_seed(seed)
     job = Job("train_draft", {"name": "bench", "draft": draft}, source, {"download": source}, source)
     model, capture = stage.load(job, train, place.alone())
     return model, capture, train, held
 
 
-def ours(work: Path, source: Path, answers: Path, seconds: float) -> None:
+def ours(work: Path, source: Path, answers: Path, held_out: Path, seconds: float) -> None:
     """kilotok's trainer for `seconds`, the target's forward passes of the first epoch included."""
     from tasks.job import Progress
     from tasks.train_draft import features, stage, trainer
 
-    model, capture, train, held = load(source, answers)
+    model, capture, train, held = load(source, answers, held_out)
     scratch = work / f"ours-{int(time.time())}"
     store = features.FeatureStore(capture, scratch / "features", 8.0)
     run = trainer.Trainer(model, store, train, {**SPEC, "max_seconds": seconds}, scratch)
@@ -77,7 +79,7 @@ def ours(work: Path, source: Path, answers: Path, seconds: float) -> None:
     report("ours", state.step, stage.trained_tokens(run, state.step), state.seconds, length(model, store, held))
 
 
-def pair(work: Path, source: Path, answers: Path, seconds: float) -> None:
+def pair(work: Path, source: Path, answers: Path, held_out: Path, seconds: float) -> None:
     """The same through torchrun: two gloo processes of one thread each, their start and first epoch included."""
     from tasks.job import Job, Progress
     from tasks.train_draft import launch, place, stage
@@ -92,21 +94,20 @@ def pair(work: Path, source: Path, answers: Path, seconds: float) -> None:
     began = time.monotonic()
     launch.train(job, Progress())
     elapsed = time.monotonic() - began
-    train, held = stage.read(job)
-    run, _ = stage.ready(job, train, held, place.alone())
+    train, held_back = stage.read(job)
+    run, _ = stage.ready(job, train, held_back, place.alone())
     state = run.run(Progress())  # the pair's last checkpoint
     tokens = stage.trained_tokens(run, state.step)
-    report(
-        f"two processes, {elapsed:.0f} s in all", state.step, tokens, state.seconds, length(run.model, run.store, held)
-    )
+    accepted = length(run.model, run.store, load(source, answers, held_out)[3])
+    report(f"two processes, {elapsed:.0f} s in all", state.step, tokens, state.seconds, accepted)
 
 
-def padding(work: Path, source: Path, answers: Path, seconds: float) -> None:
+def padding(work: Path, source: Path, answers: Path, held_out: Path, seconds: float) -> None:
     """What packing could save: batches in order of length, as the trainer blurs them, and in no order."""
     from tasks.job import Progress
     from tasks.train_draft import data, features, stage, trainer
 
-    model, capture, train, _ = load(source, answers)
+    model, capture, train, _ = load(source, answers, held_out)
     for jitter in (0, data.JITTER_TOKENS, 10**9):
         data.JITTER_TOKENS = jitter
         batches = [[len(train[i].token_ids) for i in batch] for batch in data.make_batches(train, BATCH, 0)]
@@ -122,7 +123,7 @@ def padding(work: Path, source: Path, answers: Path, seconds: float) -> None:
         )
 
 
-def modelopt(work: Path, source: Path, answers: Path, seconds: float) -> None:
+def modelopt(work: Path, source: Path, answers: Path, held_out: Path, seconds: float) -> None:
     """modelopt's own training forward in a bare AdamW loop (its example adds transformers' Trainer around it).
 
     Given the dumped features, as its offline mode is. Padded first to the longest sequence, as its example does, then
@@ -130,7 +131,7 @@ def modelopt(work: Path, source: Path, answers: Path, seconds: float) -> None:
     """
     from tasks.train_draft import data
 
-    model, capture, train, held = load(source, answers)
+    model, capture, train, held = load(source, answers, held_out)
     rows = torch.load(work / "rows.pt")
     batches = data.make_batches(train, BATCH, 0)
     parameters = list(model.eagle_module.parameters())
@@ -176,7 +177,7 @@ def targets(work: Path, source: Path, quantized: Path, answers: Path, given: arg
 
     for start in given.starts:
         for name in ("source", "quantized"):
-            model, capture, train, held = load(source, answers, start)
+            model, capture, train, held = load(source, answers, given.artifacts[3], start)
             served = features.ServedCapture(quantized, capture.layers)
             store = features.FeatureStore(capture if name == "source" else served, work / f"states-{name}", 8.0)
             spent = write_states(store, train, work / f"states-{name}.json")
@@ -278,13 +279,13 @@ def agrees(model: Any, work: Path) -> float:
     return worst
 
 
-def judge(work: Path, source: Path, answers: Path) -> None:
+def judge(work: Path, source: Path, answers: Path, held_out: Path) -> None:
     """Acceptance of the head that speculators trained."""
     from safetensors.torch import load_file
 
     from tasks.train_draft import features
 
-    model, capture, _, held = load(source, answers)
+    model, capture, _, held = load(source, answers, held_out)
     theirs = load_file(work / "theirs.safetensors")
     for name, parameter in model.eagle_module.named_parameters():
         parameter.data.copy_(theirs[name])
@@ -302,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("work", type=Path)
-    parser.add_argument("artifacts", type=Path, nargs="*", help="SOURCE QUANTIZED ANSWERS")
+    parser.add_argument("artifacts", type=Path, nargs="*", help="SOURCE QUANTIZED ANSWERS HELD_OUT")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 1, 2], help="of `targets`: seeds of the head")
     parser.add_argument("--equal", choices=("steps", "seconds"), default="steps", help="of `targets`")
@@ -310,13 +311,13 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     if given.part == "speculators":
         return speculators_loop(given.work, given.seconds)
-    source, quantized, answers = given.artifacts
+    source, quantized, answers, held_out = given.artifacts
     if given.part == "targets":
         return targets(given.work, source, quantized, answers, given)
     if given.part in ("prepare", "judge"):
-        return {"prepare": prepare, "judge": judge}[given.part](given.work, source, answers)
+        return {"prepare": prepare, "judge": judge}[given.part](given.work, source, answers, held_out)
     timed = {"ours": ours, "pair": pair, "padding": padding, "modelopt": modelopt}
-    return timed[given.part](given.work, source, answers, given.seconds)
+    return timed[given.part](given.work, source, answers, held_out, given.seconds)
 
 
 if __name__ == "__main__":
