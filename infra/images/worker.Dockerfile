@@ -15,6 +15,7 @@ COPY tasks tasks
 COPY flows flows
 COPY infra infra
 COPY prefect.yaml prefect.toml ./
-RUN pip install --no-cache-dir -c constraints.txt -e '.[docker]' && chown -R kilotok /srv/kilotok
+# The volume of the store takes over the folder's owner.
+RUN pip install --no-cache-dir -c constraints.txt -e '.[docker]' && mkdir .kilotok && chown -R kilotok /srv/kilotok
 USER kilotok
 CMD ["prefect", "worker", "start", "--pool", "kilotok", "--type", "process", "--limit", "1"]
