@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 from prefect.variables import Variable
+from pydantic import SecretStr
 
 ROOT = Path(__file__).resolve().parents[2]
 # The default heartbeat is every 180 s: a shorter window would declare healthy runs dead.
 WINDOW = timedelta(minutes=10)
 START_TIMEOUT_S = 60
+SLACK = re.compile(r"https://hooks\.slack(-gov)?\.com/services/\w+/\w+/\w+/?")
 OURS = "kilotok: "  # how our automations are known again
 ENDED_BADLY = ("Failed", "Kept", "Crashed", "TimedOut", "Late")
 
@@ -45,11 +48,12 @@ def main() -> int:
     declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     if not PREFECT_API_URL.value():  # Prefect would start a server for us, and stop it again
         sys.exit("PREFECT_API_URL is not set: start a server (prefect server start) and name it")
+    told = channels(os.environ)
     asyncio.run(server_up())
     asyncio.run(make_pools(declared))
     deploy(asyncio.run(set_variables()))
     asyncio.run(prune(declared))
-    asyncio.run(make_automations())
+    asyncio.run(make_automations(told))
     return 0
 
 
@@ -123,10 +127,10 @@ async def prune(declared: list[dict[str, Any]]) -> None:
                     print(f"pruned a schedule of {flow}/{found.name}: not in prefect.yaml")
 
 
-async def make_automations() -> None:
+async def make_automations(told: dict[str, Any]) -> None:
     """Zombies, and for each block two: a run that ended badly or is late, and a figure that got worse."""
     wanted = [zombies()]
-    for kind, block in blocks():
+    for kind, block in told.items():
         wanted += list(telling(kind, UUID(str(await block.save(f"kilotok-{kind}", overwrite=True)))))
     async with get_client() as client:
         for automation in wanted:
@@ -143,17 +147,26 @@ async def replace(client: PrefectClient, automation: Automation) -> None:
     print(f"created automation {automation.name!r}")
 
 
-def blocks() -> Iterator[tuple[str, Any]]:
-    """Who is told: a block for each channel that the environment names."""
-    env = os.environ
+def channels(env: Mapping[str, str]) -> dict[str, Any]:
+    """Who is told: a block for each channel that the environment names; one that could carry no message is refused."""
+    made: dict[str, Any] = {}
     if url := env.get("KILOTOK_SLACK_WEBHOOK"):
-        yield "slack", SlackWebhook(url=url)
+        if not SLACK.fullmatch(url):  # Prefect would take it and send nothing
+            sys.exit(
+                "KILOTOK_SLACK_WEBHOOK: not https://hooks.slack.com/services/T.../B.../...; others: KILOTOK_WEBHOOK"
+            )
+        made["slack"] = SlackWebhook(url=SecretStr(url))
     if url := env.get("KILOTOK_WEBHOOK"):
         text, secret = {"text": "{{subject}}\n{{body}}"}, {"url": url}  # a webhook's address is its password
-        yield "webhook", CustomWebhookNotificationBlock(name="kilotok", url="{{url}}", json_data=text, secrets=secret)
+        made["webhook"] = CustomWebhookNotificationBlock(name="kilotok", url="{{url}}", json_data=text, secrets=secret)
     if key := env.get("KILOTOK_SENDGRID_KEY"):
-        people = env["KILOTOK_EMAIL_TO"].split(",")
-        yield "email", SendgridEmail(api_key=key, sender_email=env["KILOTOK_EMAIL_FROM"], to_emails=people)
+        sender, people = env.get("KILOTOK_EMAIL_FROM", ""), env.get("KILOTOK_EMAIL_TO", "")
+        if "@" not in sender or "@" not in people:
+            sys.exit(
+                "KILOTOK_SENDGRID_KEY: e-mail needs KILOTOK_EMAIL_FROM and KILOTOK_EMAIL_TO (addresses with commas)"
+            )
+        made["email"] = SendgridEmail(api_key=SecretStr(key), sender_email=sender, to_emails=people.split(","))
+    return made
 
 
 def telling(kind: str, block: UUID) -> Iterator[Automation]:

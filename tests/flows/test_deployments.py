@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -56,3 +57,17 @@ def test_a_clock_change_neither_drops_nor_doubles_a_night(day: str, cron: str) -
     local = [night.astimezone(zone) for night in nights]
     assert [night.date() for night in local] == [(start + timedelta(days=n)).date() for n in range(1, 6)]
     assert {night.hour for night in local} <= {1, 2}  # in spring an hour early
+
+
+@pytest.mark.parametrize(
+    ("channel", "words"),
+    [
+        ({"KILOTOK_SLACK_WEBHOOK": "https://example.org/services/T0/B0/secret"}, "KILOTOK_SLACK_WEBHOOK: not https"),
+        ({"KILOTOK_SENDGRID_KEY": "secret", "KILOTOK_EMAIL_FROM": "a@b.c"}, "KILOTOK_EMAIL_FROM and KILOTOK_EMAIL_TO"),
+    ],
+)
+def test_channel_that_could_not_carry_a_message_is_refused_first(channel: dict[str, str], words: str) -> None:
+    nobody = {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    argv = [sys.executable, "infra/prefect/setup.py"]
+    ended = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=os.environ | channel | nobody)
+    assert ended.returncode == 1 and words in ended.stderr and "secret" not in ended.stderr
