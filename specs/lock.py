@@ -131,20 +131,3 @@ def check_lock(spec: Spec, lock: Lock | None) -> Lock:
     if not lock.files:
         raise LockError("the lock has no files", where, fix)
     return lock
-
-
-def compare_locks(old: Lock, new: Lock, spec: Spec) -> None:
-    """LockError if the source moved: another commit, a file more or less, or other bytes in a file."""
-    where, fix = str(lock_path(spec)), f"to take what is there now: kilotok lock {spec.path}"
-    if old.revision != new.revision:
-        raise LockError(f"{old.source} moved from {old.revision or 'none'} to {new.revision or 'none'}", where, fix)
-    for title, before, after in (("file", old.files, new.files), ("data file", old.data, new.data)):
-        for path in sorted(set(before) | set(after)):
-            if path not in after:
-                raise LockError(f"{title} {path} is gone from the source", where, fix)
-            if path not in before:
-                raise LockError(f"{title} {path} is new in the source", where, fix)
-            if before[path] != after[path]:
-                raise LockError(
-                    f"{title} {path} changed: {before[path].sha256[:12]} -> {after[path].sha256[:12]}", where, fix
-                )

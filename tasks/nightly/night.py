@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specs.errors import GateFailed, InputError, KilotokError
+from specs.errors import GateFailed, KilotokError
 from specs.load import load_spec
 from specs.lock import check_lock, read_lock
 from specs.schema import Spec
@@ -201,11 +201,3 @@ def _never_began(store: Store, name: str, night: str, error: KilotokError) -> No
     record["findings"] = [judge.of_error(record["error"], record)]
     record["summary"] = judge.summary(record)
     store.write_json(f"nights/{name}/{night}", record)
-
-
-def last_night(store: Store, name: str) -> dict[str, Any]:
-    """The newest night of a spec."""
-    nights = store.list_json(f"nights/{name}")
-    if not nights:
-        raise InputError(f"no night of {name!r}", store.uri, f"prefect deployment run nightly/{name}")
-    return dict(store.read_json(nights[-1]) or {})

@@ -20,7 +20,7 @@ from specs.load import load_spec
 from tasks.nightly import drift, judge, notify, refresh
 from tasks.nightly.check import check, spec_files
 from tasks.nightly.history import FILE, history, series, sparkline
-from tasks.nightly.night import last_night, opened, recover
+from tasks.nightly.night import opened, recover
 from tasks.store import LocalStore
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -50,6 +50,10 @@ def store(tmp_path: Path) -> LocalStore:
 def spec_of(house: Path, **nightly: Any):
     overrides = [f"nightly.{name}={value}" for name, value in nightly.items()]
     return load_spec(house / f"specs/{TINY}.yaml", overrides)
+
+
+def last_night(store: LocalStore, name: str) -> dict[str, Any]:
+    return dict(store.read_json(store.list_json(f"nights/{name}")[-1]) or {})
 
 
 # -- the record -------------------------------------------------------------------------------------------------------
