@@ -6,6 +6,7 @@ A number here is loosened only with the reason in the diff.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -128,3 +129,11 @@ def test_there_are_at_most_twelve_errors() -> None:
 
 def test_nothing_is_called_utils() -> None:
     assert not [name_of(path) for path in PYTHON if path.stem in ("utils", "helpers", "common", "misc")]
+
+
+@pytest.mark.parametrize("path", tracked("*.md"), ids=name_of)
+def test_pages_that_are_named_exist(path: Path) -> None:
+    """A figure's source that nobody wrote is no source. The change log tells of what was."""
+    named = re.findall(r"infra/(?:bench_reports|log)/[\w.-]+\.\w+", path.read_text())
+    missing = sorted({name for name in named if not (ROOT / name).exists()})
+    assert not missing or path.name == "CHANGELOG.md"
