@@ -114,11 +114,12 @@ def op_rows(scratch: Path, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def over_http(bundle: Path, *flags: str, requests: int = 24) -> dict[str, float]:
-    """Real prompts and drafts, one user at a time: tokens after the first per second, counted by the server."""
-    import httpx
-
+def over_http(bundle: Path, *flags: str, users: int = 1, requests: int = 32) -> dict[str, float]:
+    """Real prompts, drafts and ends, through the client that `validate` uses. One user: the median answer's tokens after
+    the first chunk per second; more: all tokens per second from the first request to the last token."""
     from tasks.edges.service import free_port, http_status
+    from tasks.validate.client import Ask, Endpoint, token_counter
+    from tasks.validate.load import parallel_users
 
     url = f"http://127.0.0.1:{free_port('127.0.0.1')}"
     argv = [sys.executable, "-m", "engine_plugins.native.server", "--bundle", str(bundle), "--port", url.split(":")[-1]]
@@ -130,33 +131,19 @@ def over_http(bundle: Path, *flags: str, requests: int = 24) -> dict[str, float]
             if server.poll() is not None:
                 raise SystemExit(f"the server of {bundle} ended with {server.returncode}")
             time.sleep(0.1)
-        with httpx.Client(base_url=url, timeout=60) as client:
-            answers = [_answer(client, prompt) for prompt in prompts]
+        endpoint = Endpoint(url, "m", token_counter(bundle / "tokenizer.json"))
+        rows = parallel_users(endpoint, [Ask(str(i), p, max_tokens=128) for i, p in enumerate(prompts)], users)
     finally:
         server.terminate()
         server.wait(20)
-    cycles, accepted = sum(a[1] for a in answers), sum(a[2] for a in answers)
+    ends = [row["sent_s"] + row["duration_ms"] / 1e3 for row in rows]
+    total = sum(row["usage_tokens"] for row in rows) / (max(ends) - min(row["sent_s"] for row in rows))
+    speeds = [row["tps_user"] for row in rows if row["tps_user"] == row["tps_user"]]
     return {
-        "tokens_per_s": statistics.median(speed for speed, _, _ in answers),
-        "acceptance_length": 1 + accepted / max(1, cycles),
+        "tokens_per_s": statistics.median(speeds) if users == 1 else total,
+        "acceptance_length": 1 + sum(row["accepted"] for row in rows) / max(1, sum(row["cycles"] for row in rows)),
+        "slowest_user_share": min(row["e2e_tps"] for row in rows) / statistics.mean(row["e2e_tps"] for row in rows),
     }
-
-
-def _answer(client: Any, prompt: str) -> tuple[float, int, int]:
-    """Tokens per second after the first, cycles with drafts, accepted drafts of one streamed answer."""
-    body = {"model": "m", "messages": [{"role": "user", "content": prompt}], "max_tokens": 128, "temperature": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
-    first = last = 0.0
-    with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        for line in answer.iter_lines():
-            if '"content":"' in line or '"finish_reason":"' in line:
-                last = time.perf_counter()
-                first = first or last
-            if '"usage":{' in line:
-                usage = json.loads(line.removeprefix("data: "))["usage"]
-    speculation = usage["speculation"]
-    speed = (usage["completion_tokens"] - 1) / (last - first)
-    return speed, speculation["cycles"], sum(speculation["accepted_by_position"])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,6 +161,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name, run in engine_rows(args.bundle, args.scratch).items():
             keep(name, run())
         keep("demo over HTTP: FP8, k=3, fused, real acceptance", over_http(args.bundle))
+        many = over_http(args.scratch / "demo16", users=16, requests=160)
+        keep("demo with 16 slots over HTTP: 16 users, real acceptance", many)
         keep("demo over HTTP: BF16, unfused", over_http(args.scratch / "source", "--no-speculation", "--no-fusion"))
         if args.llamacpp:
             argv = [

@@ -12,9 +12,24 @@ namespace KILOTOK_NAMESPACE {
 
 constexpr int kRounded = 2;  // FP8 weights whose rows are on the E4M3 grid too (vstore_rounded)
 
+// How far ahead of a load to prefetch: 2 KiB, and from there to a group's end into the same place of the tile after it. Groups of
+// small matrices are little longer than that, and what follows one of them is its neighbour, which the tile reads anyway.
+struct Ahead {
+  ptrdiff_t in_group, in_next;
+  int turn;  // the pair from which on the distance leaves the group
+  KT_INLINE_MEMBER Ahead(size_t group_bytes, int groups, int pairs, int step) {
+    const ptrdiff_t size = (ptrdiff_t)pairs * step;
+    in_group = size < 2048 ? size : 2048;
+    in_next = in_group - size + (ptrdiff_t)(group_bytes * groups);
+    turn = (int)((size - in_group) / step);
+  }
+  KT_INLINE_MEMBER ptrdiff_t at(int pair) const { return pair < turn ? in_group : in_next; }
+};
+
 template <int DT, int MR, int NG>
 KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const float* const* rows, float* out, int ldo) {
   constexpr int step = DT == kBf16 ? 64 : 32;
+  const Ahead distance(group_bytes, NG, pairs, step);
   Register acc[NG][MR][kRegisters], weights[kRegisters];
   const float* x[MR];
 #pragma GCC unroll 8
@@ -24,10 +39,11 @@ KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const 
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) vsplit(vzero(), acc[g][m]);
   for (int p = 0; p < pairs; ++p) {
+    const ptrdiff_t ahead = distance.at(p);
 #pragma GCC unroll 8
     for (int g = 0; g < NG; ++g) {
       const uint8_t* at = w + g * group_bytes + (size_t)p * step;
-      if (kWide || MR <= 4) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
+      if (kWide || MR <= 4) _mm_prefetch((const char*)(at + ahead), _MM_HINT_T0);
 #pragma GCC unroll 2
       for (int odd = 1; odd >= 0; --odd) {  // one after the other: decoded side by side they need more registers than there are
         if (DT == kBf16) vdecode_bf16(at, odd, weights);
@@ -71,20 +87,20 @@ KT_INLINE void dot_pair(V (&acc)[NG][MR], const float* (&x)[MR], int pair, __m51
 
 // The groups from G on, over one or (Two) two pairs of inputs.
 template <int DT, int MR, int NG, bool Two, int G = 0>
-KT_INLINE void dot_groups(const DotTables& tables, const uint8_t* w, size_t group_bytes, V (&acc)[NG][MR], const float* (&x)[MR],
-                          int pair) {
+KT_INLINE void dot_groups(const DotTables& tables, const uint8_t* w, size_t group_bytes, ptrdiff_t ahead, V (&acc)[NG][MR],
+                          const float* (&x)[MR], int pair) {
   __m512bh first[2], second[2];
 #pragma GCC unroll 2
   for (int g = 0; g < 2 && G + g < NG; ++g) {
     const uint8_t* at = w + (G + g) * group_bytes;
-    if (Two) _mm_prefetch((const char*)(at + 2048), _MM_HINT_T0);
+    if (Two) _mm_prefetch((const char*)(at + ahead), _MM_HINT_T0);
     vdecode_dot(tables, Two ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi64(0x0F, at), first[g], second[g]);
   }
   dot_pair<DT, MR, NG, G>(acc, x, pair, first[0], first[1]);
   if (Two) dot_pair<DT, MR, NG, G>(acc, x, pair + 1, second[0], second[1]);
   if constexpr (G + 2 < NG) {
     asm volatile("" ::: "memory");  // broadcast again instead of keeping all rows' inputs in registers
-    dot_groups<DT, MR, NG, Two, G + 2>(tables, w, group_bytes, acc, x, pair);
+    dot_groups<DT, MR, NG, Two, G + 2>(tables, w, group_bytes, ahead, acc, x, pair);
   }
 }
 
@@ -99,9 +115,10 @@ KT_INLINE void dot_tile(const DotTables& tables, const uint8_t* w, size_t group_
   for (int g = 0; g < NG; ++g)
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) acc[g][m] = vzero();
+  const Ahead distance(group_bytes, NG, pairs, 32);
   int p = 0;
-  for (; p + 2 <= pairs; p += 2) dot_groups<DT, MR, NG, true>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
-  if (p < pairs) dot_groups<DT, MR, NG, false>(tables, w + (size_t)p * 32, group_bytes, acc, x, p);
+  for (; p + 2 <= pairs; p += 2) dot_groups<DT, MR, NG, true>(tables, w + (size_t)p * 32, group_bytes, distance.at(p), acc, x, p);
+  if (p < pairs) dot_groups<DT, MR, NG, false>(tables, w + (size_t)p * 32, group_bytes, 0, acc, x, p);
 #pragma GCC unroll 8
   for (int g = 0; g < NG; ++g)
 #pragma GCC unroll 8
