@@ -51,6 +51,7 @@ KT_INLINE void gemm_tile(const uint8_t* w, size_t group_bytes, int pairs, const 
         else vdecode_fp8(at, odd, weights);
 #pragma GCC unroll 8
         for (int m = 0; m < MR; ++m) vmac(acc[g][m], x[m] + 2 * p + odd, weights);
+        if (!kWide) asm volatile("" ::: "memory");  // inputs that are loaded earlier push a sum to the stack, and it waits there
       }
     }
   }
