@@ -42,7 +42,6 @@ def check_engine(spec: Spec) -> None:
             "no engine here serves a parallel drafter yet", spec.where("engine.parallel_draft"),
             "use parallel_draft: false; predict and explain say what one would be worth",
         )  # fmt: skip
-    _check_forced(spec)
     most, whose = min(_longest_drafts(spec), default=(engine.draft_tokens, ""))
     if engine.draft_tokens > most:
         raise InputError(
@@ -51,8 +50,8 @@ def check_engine(spec: Spec) -> None:
         )  # fmt: skip
 
 
-def _check_forced(spec: Spec) -> None:
-    """A forced acceptance that the engine cannot be made to have."""
+def check_forced(spec: Spec) -> None:
+    """Raise InputError for a forced acceptance that the engine cannot be made to have; a sweep's points force none."""
     length, most = spec.validation.latency.forced_acceptance, spec.engine.draft_tokens + 1
     if length is None or most == 1:
         return
