@@ -27,7 +27,6 @@ def forecast(spec: Spec, store: Store, checkpoint_bytes: float = 0.0) -> dict[st
     Raises InputError for hardware nobody knows, for what cannot fit it and for what the engine does not serve.
     """
     limits.check_engine(spec)
-    limits.check_forced(spec)
     records = Records.read(store, spec.name)
     if why := unknown(spec, records):
         return {"unknown": why}

@@ -42,6 +42,7 @@ def check_engine(spec: Spec) -> None:
             "no engine here serves a parallel drafter yet", spec.where("engine.parallel_draft"),
             "use parallel_draft: false; predict and explain say what one would be worth",
         )  # fmt: skip
+    _check_forced(spec)
     most, whose = min(_longest_drafts(spec), default=(engine.draft_tokens, ""))
     if engine.draft_tokens > most:
         raise InputError(
@@ -50,18 +51,16 @@ def check_engine(spec: Spec) -> None:
         )  # fmt: skip
 
 
-def check_forced(spec: Spec) -> None:
-    """Raise InputError for a forced acceptance that the engine cannot be made to have; a sweep's points force none."""
-    length, most = spec.validation.latency.forced_acceptance, spec.engine.draft_tokens + 1
-    if length is None or most == 1:
+def _check_forced(spec: Spec) -> None:
+    """A forced acceptance that TensorRT-LLM cannot be made to have. One beyond the drafts `validate` leaves out."""
+    length = spec.validation.latency.forced_acceptance
+    if spec.engine.backend != "trtllm" or not spec.engine.draft_tokens or length is None:
         return
-    whole = spec.engine.backend == "trtllm"
-    near = min(max(round(length), 2), most) if whole else min(length, most)
+    near = max(round(length), 2)
     if length != near:
-        why = "forces whole numbers from 2" if whole and length < most else f"accepts at most {most} tokens a cycle"
         raise InputError(
-            f"forced_acceptance {length:g}, but {spec.engine.backend} {why}",
-            spec.where("validate.latency.forced_acceptance"), f"use forced_acceptance: {near:g}",
+            f"forced_acceptance {length:g}, but trtllm forces whole numbers from 2",
+            spec.where("validate.latency.forced_acceptance"), f"use forced_acceptance: {near}",
         )  # fmt: skip
 
 

@@ -173,8 +173,7 @@ class _Validation:
             self.remarks.append(f"the engine alone was not timed: a cycle has at most {most} tokens, not {length:g}")
             return
         self.step(2)
-        bundle = self.job.inputs["build_engine"]
-        with forced_server(bundle, self.job.scratch, self.backend, length, self.job, self.starter) as url:
+        with forced_server(self.job, length, self.starter) as url:
             endpoint = speed.connect(url, self.count)
             speed.warm_up(endpoint, self.warm_up_asks())
             self.metrics.update(speed.engine_alone(endpoint, self.asks[: speed.BASELINE_REQUESTS]))

@@ -58,26 +58,16 @@ def source_server(
 
 
 @contextmanager
-def forced_server(
-    candidate: Path,
-    scratch: Path,
-    backend: str,
-    tokens_per_cycle: float,
-    job: Job | None = None,
-    starter: Starter | None = None,
-) -> Iterator[str]:
+def forced_server(job: Job, tokens_per_cycle: float, starter: Starter | None = None) -> Iterator[str]:
     """Base URL of the candidate's engine at a forced acceptance. Raises as `source_server`."""
-    if backend == "trtllm":
-        assert job is not None
+    candidate = job.inputs["build_engine"]
+    if job.spec["engine"]["backend"] == "trtllm":
         env = {FORCE_DRAFTS: f"{round(tokens_per_cycle) - 1}"}  # whole: tasks/predict/limits.py has refused others
-        own = scratch / "forced"
-        with (
-            set_aside(job.inputs["deploy"] / "deployment.json"),
-            bundle_server(job.spec, candidate, own, starter, env) as url,
-        ):
+        deployment, own = job.inputs["deploy"] / "deployment.json", job.scratch / "forced"
+        with set_aside(deployment), bundle_server(job.spec, candidate, own, starter, env) as url:
             yield url
         return
-    with native_server(candidate, scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
+    with native_server(candidate, job.scratch, "forced", "--forced-acceptance", f"{tokens_per_cycle:g}") as url:
         yield url
 
 

@@ -18,7 +18,7 @@ from tasks.predict import levers
 from tasks.predict.acceptance import at, expect
 from tasks.predict.cost import Setting, cycle, memory_gib_per_gpu
 from tasks.predict.hardware import known, load, parse
-from tasks.predict.limits import check_engine, check_forced
+from tasks.predict.limits import check_engine
 from tasks.predict.prediction import KERNELS, Prediction, predict, targets
 from tasks.predict.shape import DraftShape, known_models, known_shape, shape_from_config
 
@@ -180,6 +180,7 @@ def test_what_cannot_run_names_the_nearest_that_can(overrides: list[str], words:
         (["engine.draft_tokens=9"], "steps of 10 tokens; .* takes at most 8.*use draft_tokens: 7"),
         (["engine.draft_tokens=9", "engine.plugins=[]"], "enable_min_latency takes at most 8"),
         (["engine.draft_tokens=9", "engine.options={}"], "the plugin .* takes at most 8"),
+        (["validate.latency.forced_acceptance=2.5"], "trtllm forces whole numbers from 2.*use forced_acceptance: 2"),
         (["engine.parallel_draft=true"], "no engine here serves a parallel drafter.*use parallel_draft: false"),
     ],
 )
@@ -187,18 +188,6 @@ def test_drafts_beyond_the_engine_are_predicted_and_not_built(overrides: list[st
     assert foretell(B200, *overrides).case.tps_per_user.expected > 0
     with pytest.raises(InputError, match=words):
         check_engine(load_spec(ROOT / B200, overrides))
-
-
-@pytest.mark.parametrize(
-    ("length", "words"),
-    [
-        (2.5, "trtllm forces whole numbers from 2.*use forced_acceptance: 2"),
-        (6, "accepts at most 4 tokens a cycle.*use forced_acceptance: 4"),
-    ],
-)
-def test_forced_acceptance_that_the_engine_cannot_have_is_refused(length: float, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        check_forced(load_spec(ROOT / B200, [f"validate.latency.forced_acceptance={length}"]))
 
 
 def test_a_parallel_drafter_is_a_setting_of_the_spec() -> None:
