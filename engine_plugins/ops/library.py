@@ -28,17 +28,18 @@ from engine_plugins.contract import OpContract
 from engine_plugins.ops.allreduce_rmsnorm import reference as allreduce_reference
 from engine_plugins.ops.attention_decode.reference import attention_decode as attention_reference
 from engine_plugins.ops.compile import read_record
-from engine_plugins.ops.cuda.launch import CudaLibrary
+from engine_plugins.ops.cuda.launch import HEAD_DIM, CudaLibrary
 from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu as fc13_reference
 from engine_plugins.ops.formats import E4M3_MAX, Linear
 from engine_plugins.ops.gemm_low_latency.reference import gemm_low_latency as gemm_reference
 from engine_plugins.ops.moe_top1.reference import Expert, routed
-from engine_plugins.ops.qkv_attn_scaling.reference import attention_temperature, rotate
+from engine_plugins.ops.qkv_attn_scaling.reference import attention_temperature, rotate, write_cache
 from engine_plugins.ops.router.reference import top1
 from engine_plugins.ops.verify import reference as verify_reference
 from specs.errors import IntegrityError
 
 E4M3 = torch.float8_e4m3fn
+MUTATED = {"allreduce_rmsnorm": ("epoch_M",), "qkv_attn_scaling": ("k_SGD", "v_SGD")}
 served: Counter[tuple[str, str]] = Counter()  # (op, "reference" | "triton" | "cuda"); a captured call counts once
 _cuda: CudaLibrary | None = None
 
@@ -79,7 +80,7 @@ def _define(cpu: Callable[..., Any], axes: Callable[..., dict[str, int]], fake: 
 
     def on_gpu(*arguments: Any) -> Any:
         contract.check("cuda", **axes(*arguments))
-        implementation, function = _gpu_function(folder, name)
+        implementation, function = _gpu_function(folder, name, arguments)
         served[name, implementation] += 1
         return function(*arguments) if function else _through_the_host(cpu, arguments)
 
@@ -88,7 +89,7 @@ def _define(cpu: Callable[..., Any], axes: Callable[..., dict[str, int]], fake: 
         served[name, "reference"] += 1
         return cpu(*arguments)
 
-    mutated = ("epoch_M",) if name == "allreduce_rmsnorm" else ()
+    mutated = MUTATED.get(name, ())
     schema = torch.library.infer_schema(cpu, mutates_args=mutated)
     op = custom_op(f"kilotok::{name}", on_cpu, mutates_args=mutated, device_types="cpu", schema=schema)
     op.register_kernel("cuda")(on_gpu)
@@ -96,8 +97,9 @@ def _define(cpu: Callable[..., Any], axes: Callable[..., dict[str, int]], fake: 
     return op
 
 
-def _gpu_function(folder: str, name: str) -> tuple[str, Callable[..., Any] | None]:
-    if _cuda is not None and hasattr(_cuda, name):
+def _gpu_function(folder: str, name: str, arguments: tuple[Any, ...]) -> tuple[str, Callable[..., Any] | None]:
+    compiled = name != "attention_decode" or arguments[0].shape[-1] == HEAD_DIM
+    if _cuda is not None and hasattr(_cuda, name) and compiled:
         return "cuda", getattr(_cuda, name)
     if importlib.util.find_spec("triton"):
         return "triton", getattr(importlib.import_module(f"engine_plugins.ops.{folder}.kernel"), name)
@@ -132,7 +134,7 @@ def _gemm_low_latency(x_MK: Tensor, w_NK: Tensor, scale: Tensor | None) -> Tenso
 def _qkv_attn_scaling(
     x_MK: Tensor,
     w_NK: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     position_M: Tensor | None,
     cos_sin_SP2: Tensor | None,
     q_rows: int,
@@ -140,6 +142,10 @@ def _qkv_attn_scaling(
     head_dim: int,
     floor_scale: float,
     attn_scale: float,
+    k_SGD: Tensor | None = None,
+    v_SGD: Tensor | None = None,
+    inv_k_scale: float = 1.0,
+    inv_v_scale: float = 1.0,
 ) -> Tensor:
     heads_MHD = _product(x_MK, w_NK, scale).unflatten(1, (-1, head_dim))
     q_heads, k_heads = q_rows // head_dim, k_rows // head_dim
@@ -149,12 +155,16 @@ def _qkv_attn_scaling(
         heads_MHD = torch.cat((turned, heads_MHD[:, q_heads + k_heads :]), dim=1)
     if floor_scale > 0 and position_M is not None:
         heads_MHD[:, :q_heads] *= attention_temperature(position_M, floor_scale, attn_scale)[:, None, None]
+    if k_SGD is not None and v_SGD is not None and position_M is not None:
+        kv_MN = heads_MHD[:, q_heads:].flatten(1)
+        write_cache(kv_MN, position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
     return heads_MHD.flatten(1).bfloat16()
 
 
-def _fc13_swiglu(x_MK: Tensor, w_2FK: Tensor, scale: Tensor, inv_out_scale: Tensor) -> Tensor:
+def _fc13_swiglu(x_MK: Tensor, w_2FK: Tensor, scale: Tensor | None, inv_out_scale: Tensor | None) -> Tensor:
     gate, up = (Linear(half) for half in _linear(w_2FK, scale).weight_NK.chunk(2))
-    return _e4m3(fc13_reference(x_MK.float(), gate, up) * inv_out_scale)
+    h_MF = fc13_reference(x_MK.float(), gate, up)
+    return h_MF.bfloat16() if inv_out_scale is None else _e4m3(h_MF * inv_out_scale)
 
 
 def _router(x_MK: Tensor, w_EK: Tensor) -> Tensor:
@@ -217,11 +227,19 @@ def _allreduce_rmsnorm(
 
 
 def _attention_decode(
-    q_MHD: Tensor, k_SGD: Tensor, v_SGD: Tensor, position_M: Tensor, k_scale: float, v_scale: float, chunk_size: int
+    q_MHD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    position_M: Tensor,
+    k_scale: float,
+    v_scale: float,
+    chunk_size: int,
+    inv_out_scale: Tensor | None = None,
 ) -> Tensor:
     used = int(position_M.max()) + 1  # what lies behind was never written
     k, v = k_SGD[:used].float() * k_scale, v_SGD[:used].float() * v_scale
-    return attention_reference(q_MHD.float(), k, v, position_M, chunk_size).bfloat16().contiguous()
+    y_MHD = attention_reference(q_MHD.float(), k, v, position_M, chunk_size)
+    return (y_MHD.bfloat16() if inv_out_scale is None else _e4m3(y_MHD * inv_out_scale)).contiguous()
 
 
 def _padded(tokens: list[int], rows: int) -> tuple[Tensor, Tensor]:
@@ -259,7 +277,7 @@ qkv_attn_scaling = _define(
 fc13_swiglu = _define(
     _fc13_swiglu,
     lambda x, w, *_: {"M": x.shape[0], "K": x.shape[1], "F": w.shape[0] // 2},
-    lambda x, w, *_: _rows(x, w.shape[0] // 2, E4M3),
+    lambda x, w, *_: _rows(x, w.shape[0] // 2, x.dtype),
 )
 router = _define(
     _router,
@@ -279,7 +297,7 @@ allreduce_rmsnorm = _define(
 attention_decode = _define(
     _attention_decode,
     lambda q, k, *_: {"M": q.shape[0], "D": q.shape[2], "S": k.shape[0]},
-    lambda q, *_: torch.empty_like(q),
+    lambda q, *a: q.new_empty(q.shape, dtype=E4M3 if len(a) > 6 and a[6] is not None else q.dtype),
 )
 verify_greedy = _define(
     _verify_greedy, lambda logits, draft: {"k": draft.shape[0], "V": logits.shape[1]}, lambda *a: _decided(*a[:2])

@@ -17,8 +17,10 @@ import pytest
 import torch
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # ranks on streams of one GPU wait for each other: none may queue
 
 from engine_plugins.ops.allreduce_rmsnorm import kernel as allreduce  # noqa: E402
+from engine_plugins.ops.attention_decode.kernel import attention_decode  # noqa: E402
 from engine_plugins.ops.cuda.launch import CudaLibrary  # noqa: E402
 from engine_plugins.ops.fc13_swiglu.kernel import fc13_swiglu  # noqa: E402
 from engine_plugins.ops.gemm_low_latency.kernel import gemm_kernel, gemm_low_latency  # noqa: E402
@@ -43,6 +45,8 @@ def build(out: Path, ops: Path = OPS) -> Path:
 
 class Emulated(CudaLibrary):
     """CudaLibrary on the emulator, which must know every buffer that a kernel may load from."""
+
+    zeros = staticmethod(lambda count, dtype: torch.zeros(count, dtype=dtype))
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -101,6 +105,8 @@ class Interpreted:
     fc13_swiglu = staticmethod(fc13_swiglu)
     router = staticmethod(router)
     moe_top1 = staticmethod(moe_top1)
+    attention_decode = staticmethod(attention_decode)
+    zeros = staticmethod(lambda count, dtype: torch.zeros(count, dtype=dtype))
 
     def __init__(self) -> None:
         assert type(gemm_kernel).__name__ == "InterpretedFunction"
@@ -136,10 +142,16 @@ class OnGpu:
     def __init__(self, path: Path) -> None:
         self._library = CudaLibrary(path)
 
+    zeros = staticmethod(lambda count, dtype: torch.zeros(count, dtype=dtype, device="cuda"))
+
     def __getattr__(self, name: str) -> Callable[..., object]:
         def call(*arguments: object) -> object:
             there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
-            return getattr(self._library, name)(*there).cpu()
+            result = getattr(self._library, name)(*there).cpu()
+            for mine, theirs in zip(arguments, there, strict=True):  # a cache is written
+                if isinstance(mine, torch.Tensor):
+                    mine.copy_(theirs)
+            return result
 
         return call
 
@@ -152,5 +164,20 @@ class OnGpu:
         torch.cuda.synchronize()
         return ""
 
-    def allreduce_of_all_ranks(self, *_: object, **__: object) -> None:
-        pytest.skip("inboxes of several ranks want several GPUs")
+    def allreduce_of_all_ranks(
+        self,
+        parts: Sequence[torch.Tensor],
+        *shared: torch.Tensor,
+        epochs: Sequence[torch.Tensor],
+        eps: float,
+        inv_scale: torch.Tensor,
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Every rank on a stream of its own, all at once."""
+        there, inverse, parts_there = [t.cuda() for t in shared], inv_scale.cuda(), [part.cuda() for part in parts]
+        torch.cuda.synchronize()
+        outputs = []
+        for rank, part in enumerate(parts_there):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                outputs.append(self._library.allreduce_rmsnorm(part, *there, epochs[rank], rank, eps, inverse))
+        torch.cuda.synchronize()
+        return [tuple(t.cpu() for t in output) for output in outputs]

@@ -1,4 +1,4 @@
-"""Six GPU ops, CUDA and Triton, against their references on adversarial inputs: odd sizes, saturation, zeros, poison.
+"""Seven GPU ops, CUDA and Triton, against their references on adversarial inputs: odd sizes, saturation, zeros, poison.
 
 CUDA runs on the emulator (every index, predicate, fragment and barrier of the real source), Triton in its interpreter.
 Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py` (needs g++, no GPU and no nvcc).
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm
+from engine_plugins.ops.attention_decode.reference import attention_decode
 from engine_plugins.ops.compile import compile_cuda
 from engine_plugins.ops.cuda.launch import inbox_bytes
 from engine_plugins.ops.fc13_swiglu.reference import fc13_swiglu
@@ -122,6 +123,72 @@ def test_qkv(gpu: Gpu, m: int, rope: bool) -> None:
     assert_within_one_step(y, torch.cat([part.flatten(1) for part in expected], 1), 8e-6 * sums)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_qkv_writes_the_cache(gpu: Gpu, bf16: bool) -> None:
+    """Keys and values at their positions, in units of their scales, and nothing else."""
+    m, dim, hidden, inverse = 3, 16, 96, (2.0, 40.0)
+    x, w = codes(m, hidden), codes(3 * dim, hidden, seed=1)
+    x, w = (x.bfloat16(), w.bfloat16()) if bf16 else (x, w)
+    position, scale = torch.tensor([5, 6, 9]), torch.full((1,), 0.01)
+    caches = [torch.full((12, 1, dim), 0x55, dtype=torch.uint8).view(E4M3) for _ in range(2)]
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x, position)
+    y = gpu.qkv_attn_scaling(x, w, scale, position, None, dim, dim, dim, 0.0, 0.1, *caches, *inverse)
+    expected = x.double() @ w.double().T * 0.01
+    assert_within_one_step(y, expected, 1e-6 * expected.abs().max())
+    for cache, part, inv in zip(caches, expected.split(dim, 1)[1:], inverse, strict=True):
+        assert_within_one_step(cache[position, 0], part * inv, 1e-5 * part.abs() * inv)
+        untouched = [p for p in range(12) if p not in position.tolist()]
+        assert cache.view(torch.uint8)[untouched].eq(0x55).all()
+
+
+@pytest.mark.parametrize(
+    ("positions", "chunk", "group", "kv_heads"),
+    [
+        ([0], 0, 1, 1),  # one key
+        ([1000, 1001, 1002, 1003], 0, 5, 1),  # 20 rows: two tiles of rows
+        ([126, 127, 128, 129], 128, 5, 2),  # rows of one step on both sides of a chunk border
+        ([300], 128, 2, 2),  # a chunk that starts inside a block
+        ([63, 64], 0, 3, 1),
+    ],
+)
+def test_attention(gpu: Gpu, positions: list[int], chunk: int, group: int, kv_heads: int) -> None:
+    """Head size 128. What no row may see is NaN in the cache; queries are a slice of wider rows."""
+    dim, m, k_scale, v_scale = 128, len(positions), 0.02, 0.25
+    rows = normal(m, kv_heads * group * dim + 64, seed=1).bfloat16() * 4
+    q = rows[:, : kv_heads * group * dim].unflatten(1, (-1, dim))
+    k, v = (codes(1200, kv_heads, dim, seed=seed, high=4.0) for seed in (2, 3))
+    position = torch.tensor(positions)
+    expected = attention_decode(q.float(), k.float() * k_scale, v.float() * v_scale, position, chunk)
+    first = min(positions) // chunk * chunk if chunk else 0
+    for cache in (k, v):
+        cache.view(torch.uint8)[max(positions) + 1 :] = 0x7F
+        cache.view(torch.uint8)[:first] = 0x7F
+    gpu.made_by_the_kernel_before(rows, position, k, v)
+    y = gpu.attention_decode(q, k, v, position, k_scale, v_scale, chunk)
+    assert_within_one_step(y, expected, 2e-3 * v_scale * 4)
+    y8 = gpu.attention_decode(q, k, v, position, k_scale, v_scale, chunk, torch.tensor([50.0]))
+    assert_within_one_step(y8, expected * 50.0, 2e-3 * v_scale * 4 * 50.0)
+
+
+def test_attention_survives_scores_that_overflow_exp(gpu: Gpu) -> None:
+    q, k = torch.full((2, 1, 128), 100.0).bfloat16(), torch.full((8, 1, 128), 448.0).to(E4M3)
+    v, position = codes(8, 1, 128, high=2.0), torch.tensor([6, 7])
+    gpu.made_by_the_kernel_before(q, k, v, position)
+    y = gpu.attention_decode(q, k, v, position, 1.0, 1.0, 0)
+    assert_within_one_step(y[1, 0], v.float()[:, 0].mean(0), 2e-3)
+
+
+@pytest.mark.parametrize(("m", "f", "k"), [(1, 8, 8), (4, 13, 264), (8, 24, 5120)])
+def test_fc13_swiglu_in_bf16(gpu: Gpu, m: int, f: int, k: int) -> None:
+    x, w = normal(m, k).bfloat16(), (normal(2 * f, k, seed=1) * k**-0.5).bfloat16()
+    gpu.made_before(w)
+    gpu.made_by_the_kernel_before(x)
+    h = gpu.fc13_swiglu(x, w, None, None)
+    expected = fc13_swiglu(x.float(), *(Linear(part.float()) for part in w.chunk(2)))
+    assert_within_one_step(h, expected, 0.01 * expected.abs() + 1e-3)  # Triton rounds gate and up on the way
+
+
 @pytest.mark.parametrize(("m", "f", "k", "gain"), [(1, 8, 16, 1), (4, 13, 96, 1), (8, 24, 5120, 1), (3, 16, 64, 1e4)])
 def test_fc13_swiglu(gpu: Gpu, m: int, f: int, k: int, gain: float) -> None:
     """A gain of 1e4 saturates gate, up and the output."""
@@ -206,9 +273,9 @@ def test_moe_top1(gpu: Gpu, m: int, experts: int, hidden: int, width: int, routi
 def test_allreduce_rmsnorm(gpu: Gpu, ranks: int, m: int, hidden: int) -> None:
     """Every rank is a set of buffers. Three calls: both parities of the inbox, and the first again."""
     eps, scale, weight = 1e-5, 0.01, uniform(hidden, low=0.5, high=2.0)
-    inboxes = [torch.zeros(inbox_bytes(ranks, hidden), dtype=torch.uint8) for _ in range(ranks)]
+    inboxes = [gpu.zeros(inbox_bytes(ranks, hidden), torch.uint8) for _ in range(ranks)]
     addresses = torch.tensor([inbox.data_ptr() for inbox in inboxes])
-    epochs = [torch.zeros(8, dtype=torch.int32) for _ in range(ranks)]
+    epochs = [gpu.zeros(8, torch.int32) for _ in range(ranks)]
     for call in range(3):
         parts = [normal(m, hidden, seed=10 * call + r).bfloat16() for r in range(ranks)]
         residual = normal(m, hidden, seed=99).bfloat16() * 3
@@ -244,7 +311,7 @@ def test_a_rank_that_never_comes_is_a_deadlock_not_a_wrong_sum(emulated: Emulate
     ("broken", "instead"),
     [
         (r"  grid_wait\(\);\n  for", "  for"),  # reads activations that the kernel before has not made yet
-        (r"low\.y, high\.y, w\[0\]\[i\]\.x, w\[0\]\[i\]\.y", "low.y, high.y, w[0][i].y, w[0][i].x"),
+        (r"a\.y, b\.y, w\[0\]\[i\]\.x, w\[0\]\[i\]\.y", "a.y, b.y, w[0][i].y, w[0][i].x"),
     ],
 )
 def test_the_emulator_sees_a_broken_kernel(tmp_path: Path, broken: str, instead: str) -> None:

@@ -2,7 +2,7 @@
 
 What it is: E4M3 keys and values unpacked exactly, softmax in fp32, probabilities in FP16. The number of splits is fixed
 and their bounds come from the positions on the device, so one CUDA graph serves every context length.
-What it refuses to be: paged; the native engine's cache is one slot's [positions, kv heads, head size].
+What it refuses to be: paged, or the fastest at a head size of 128, which is CUDA's; the native engine's cache is one slot's [positions, kv heads, head size].
 Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
 Legend: M rows, H query heads, G kv heads, D head size, S positions, R = M * H / G rows that share a kv head.
 """
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine_plugins.ops.formats import E4M3_MAX
 from engine_plugins.ops.tiles import dot, to_bf16
 
 SPLITS, BLOCK_S = 16, 64
@@ -77,9 +78,11 @@ def attention_decode(
     k_scale: float,
     v_scale: float,
     chunk_size: int,
+    inv_out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """BF16 [M, H, D]; keys and values are E4M3 in units of their scales."""
+    """BF16 [M, H, D], or E4M3 with `inv_out_scale` [1]; keys and values are E4M3 in units of their scales."""
     (M, H, D), G = q_MHD.shape, k_SGD.shape[1]
+    q_MHD = q_MHD.contiguous()
     sums = torch.empty((M * H, SPLITS, D), dtype=torch.float32, device=q_MHD.device)
     stats = torch.empty((M * H, SPLITS, 2), dtype=torch.float32, device=q_MHD.device)
     out_MHD = torch.empty_like(q_MHD)
@@ -93,4 +96,6 @@ def attention_decode(
         BLOCK_S=BLOCK_S,
     )
     combine_kernel[(M * H,)](sums, stats, out_MHD, v_scale, D=D, SPLITS=SPLITS)
-    return out_MHD
+    if inv_out_scale is None:
+        return out_MHD
+    return (out_MHD.float() * inv_out_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

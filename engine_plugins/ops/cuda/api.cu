@@ -5,6 +5,7 @@
 // What it refuses to be: a check of shapes; the Python side has the contract.
 // Run it: compiled by engine_plugins/ops/compile.py; loaded by engine_plugins/ops/library.py.
 #include "allreduce_rmsnorm/kernel.cuh"
+#include "attention_decode/kernel.cuh"
 #include "moe_top1/kernel.cuh"
 #include "qkv_attn_scaling/kernel.cuh"
 
@@ -12,17 +13,22 @@ using namespace kilotok;
 
 #ifdef __CUDACC__
 template <class... Wanted, class... Given>
-static int launch(void (*kernel)(Wanted...), dim3 grid, int threads, void* stream, Given... given) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+static int launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, unsigned cluster, void* stream, Given... given) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {cluster, 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
   config.stream = (cudaStream_t)stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return (int)cudaLaunchKernelEx(&config, kernel, Wanted(given)...);
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  constexpr int without_asking = 48 << 10;
+  const cudaError_t refused = shared > without_asking ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) : cudaSuccess;
+  return (int)(refused ? refused : cudaLaunchKernelEx(&config, kernel, Wanted(given)...));
 }
 #endif
 
@@ -35,58 +41,72 @@ static Cut cut_for(int rows, int row_bytes, int batch) {
   return cut;
 }
 
-static dim3 grid_for(const Cut& cut, int rows, int slots = 1) {
-  return dim3((rows + kTileRows * cut.tiles - 1) / (kTileRows * cut.tiles), slots);
+// A kernel on `skinny_gemm`'s plan; `slots` matrices beside each other.
+template <class... Wanted, class... Given>
+static int launch_cut(void (*kernel)(Wanted...), const Cut& cut, int rows, int slots, void* stream, Given... given) {
+  const dim3 grid((rows + kTileRows * cut.tiles - 1) / (kTileRows * cut.tiles), slots);
+  const int warps = cut.slices * cut.tiles;
+  return launch(kernel, grid, kWarp * warps, kWarpShared * warps, 1, stream, given..., cut);
 }
-
-static int threads_for(const Cut& cut) { return kWarp * cut.slices * cut.tiles; }
 
 extern "C" {
 
 int kt_gemm_low_latency(int format, const void* x, const void* w, const float* scale, int scale_step, void* y, int tokens, int rows,
                         int row_bytes, void* stream) {
-  const Cut cut = cut_for(rows, row_bytes, kBatch);
+  const Cut cut = cut_for(rows, row_bytes, tokens > kNarrowTokens ? kBatch / 2 : kBatch);
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const ScaledBf16 finish{{scale, scale_step}, (uint16_t*)y, rows};
   const bool wide = tokens > kNarrowTokens;
   auto kernel = format == kE4m3 ? (wide ? gemm_low_latency_kernel<kE4m3, true> : gemm_low_latency_kernel<kE4m3, false>)
                                 : (wide ? gemm_low_latency_kernel<kBf16, true> : gemm_low_latency_kernel<kBf16, false>);
-  return launch(kernel, grid_for(cut, rows), threads_for(cut), stream, w, activations, finish, cut);
+  return launch_cut(kernel, cut, rows, 1, stream, w, activations, finish);
 }
 
-int kt_qkv_attn_scaling(const void* x, const void* w, const float* scale, int scale_step, const int64_t* position_M,
-                        const void* cos_sin, void* y, int tokens, int rows, int hidden, int q_rows, int k_rows, int head_dim,
-                        float floor_scale, float attn_scale, void* stream) {
-  const Cut cut = cut_for(rows, hidden, kBatch);
-  const Stored activations{(const uint8_t*)x, tokens, hidden};
+int kt_qkv_attn_scaling(int format, const void* x, const void* w, const float* scale, int scale_step, const int64_t* position_M,
+                        const void* cos_sin, void* y, int tokens, int rows, int row_bytes, int q_rows, int k_rows, int head_dim,
+                        float floor_scale, float attn_scale, void* k_SGD, void* v_SGD, float inv_k_scale, float inv_v_scale,
+                        void* stream) {
+  const Cut cut = cut_for(rows, row_bytes, kBatch);
+  const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const Positioned finish{{{scale, scale_step}, (uint16_t*)y, rows}, position_M, (const float2*)cos_sin, q_rows, k_rows, head_dim,
-                          floor_scale, attn_scale};
-  return launch(qkv_attn_scaling_kernel, grid_for(cut, rows), threads_for(cut), stream, w, activations, finish, cut);
+                          floor_scale, attn_scale, (uint8_t*)k_SGD, (uint8_t*)v_SGD, inv_k_scale, inv_v_scale};
+  auto kernel = format == kE4m3 ? qkv_attn_scaling_kernel<kE4m3> : qkv_attn_scaling_kernel<kBf16>;
+  return launch_cut(kernel, cut, rows, 1, stream, w, activations, finish);
 }
 
-int kt_fc13_swiglu(const void* x, const void* w, const float* scale, int scale_step, const float* inv_out_scale, void* h, int tokens,
-                   int width, int hidden, void* stream) {
-  const Cut cut = cut_for(width, hidden, kBatch);
-  const Stored activations{(const uint8_t*)x, tokens, hidden};
-  return launch(fc13_swiglu_kernel, grid_for(cut, width), threads_for(cut), stream, w, activations,
-                Gated{{scale, scale_step}, inv_out_scale, (uint8_t*)h, width}, cut);
+int kt_fc13_swiglu(int format, const void* x, const void* w, const float* scale, int scale_step, const float* inv_out_scale, void* h,
+                   int tokens, int width, int row_bytes, void* stream) {
+  const Cut cut = cut_for(width, row_bytes, kBatch);
+  const Stored activations{(const uint8_t*)x, tokens, row_bytes};
+  const RowScale scales{scale, scale_step};
+  return format == kE4m3 ? launch_cut(fc13_swiglu_kernel<kE4m3>, cut, width, 1, stream, w, activations,
+                                      Gated<kE4m3>{scales, inv_out_scale, (uint8_t*)h, width})
+                         : launch_cut(fc13_swiglu_kernel<kBf16>, cut, width, 1, stream, w, activations,
+                                      Gated<kBf16>{scales, inv_out_scale, (uint8_t*)h, width});
 }
 
 int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int experts, int hidden, void* stream) {
   const Stored activations{(const uint8_t*)x, tokens, hidden * 2};
-  return launch(router_kernel, dim3(experts), kRouterThreads, stream, (const uint8_t*)w, activations, experts, logits_ME);
+  return launch(router_kernel, dim3(experts), kRouterThreads, 0, 1, stream, (const uint8_t*)w, activations, experts, logits_ME);
 }
 
 int kt_moe_top1(const Moe* arguments, void* stream) {
   const Moe& a = *arguments;
   const Cut first = cut_for(a.width, a.hidden, kBatch), second = cut_for(a.hidden, a.width, kMoeBatch);
-  const int failed = launch(moe_fc13_kernel, grid_for(first, a.width, 1 + a.tokens), threads_for(first), stream, a, first);
-  return failed ? failed : launch(moe_fc2_kernel, grid_for(second, a.hidden), threads_for(second), stream, a, second);
+  const int failed = launch_cut(moe_fc13_kernel, first, a.width, 1 + a.tokens, stream, a);
+  return failed ? failed : launch_cut(moe_fc2_kernel, second, a.hidden, 1, stream, a);
+}
+
+int kt_attention_decode(const Attention* arguments, void* stream) {
+  const Attention& a = *arguments;
+  const int rows = a.tokens * (a.heads / a.kv_heads);
+  return launch(attention_decode_kernel, dim3(kSplits, a.kv_heads, (rows + kRows - 1) / kRows), kWarp * kAttentionWarps, kAttentionShared,
+                kSplits, stream, a);
 }
 
 int kt_allreduce_rmsnorm(const Norm* arguments, const Exchange* exchange, int tokens, void* stream) {
   const int threads = (arguments->hidden / kPerThread + kWarp - 1) / kWarp * kWarp;
-  return launch(allreduce_rmsnorm_kernel, dim3(tokens), threads, stream, *arguments, *exchange);
+  return launch(allreduce_rmsnorm_kernel, dim3(tokens), threads, 0, 1, stream, *arguments, *exchange);
 }
 
 }  // extern "C"

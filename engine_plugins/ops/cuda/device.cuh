@@ -13,6 +13,7 @@
 #define KT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define KT_INLINE __device__ __forceinline__
 #define KT_SHARED(type, name, count) __shared__ alignas(16) type name[count]
+#define KT_LAUNCH_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #else
 #include "emulator.h"
 #endif
@@ -24,7 +25,7 @@ constexpr int kMaxTokens = 16;    // rows of one mma
 constexpr int kNarrowTokens = 8;  // all that a verify step needs; only gemm_low_latency takes more
 constexpr float kE4m3Max = 448.0f;
 
-enum Format { kE4m3 = 0, kBf16 = 1 };
+enum Format { kE4m3 = 0, kBf16 = 1, kF16 = 2 };
 
 KT_INLINE float bf16_to_float(uint16_t bits) {
   const uint32_t wide = (uint32_t)bits << 16;
@@ -62,6 +63,15 @@ KT_INLINE uint4 load_activation(const void* at) {
   return v;
 }
 
+// The same 16 bytes on their way to shared memory, no register held meanwhile; `staged_wait` waits for this thread's own.
+KT_INLINE void stage(uint4* to, const void* at) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(at) : "memory");
+}
+KT_INLINE void staged_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// A hint only: what it names may still be written, and is read again after grid_wait.
+KT_INLINE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Programmatic dependent launch. The kernel behind may start as soon as every block has called grid_launch_dependents; it
 // still waits in grid_wait until this grid has finished and its writes are seen, so calling it first is safe.
 KT_INLINE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
@@ -75,17 +85,57 @@ KT_INLINE uint32_t pack_e4m3(float a, float b, float c, float d) {
   return (uint32_t)low | ((uint32_t)high << 16);
 }
 
-// d [16 tokens x 8 rows] += a [16 x k] b [k x 8], k = 32 E4M3 or 16 BF16 values; a fragment word holds 4 (or 2) of them. Lane
+// Two E4M3 values as two F16 or BF16 ones, exactly; the first is the low half.
+KT_INLINE uint32_t e4m3x2_to_f16x2(uint32_t pair) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((uint16_t)pair));
+  return halves;
+}
+KT_INLINE uint32_t e4m3x2_to_bf16x2(uint32_t pair) {
+  const uint32_t halves = e4m3x2_to_f16x2(pair);
+  uint32_t both;
+  asm("{.reg .f16 l, h; .reg .f32 a, b; mov.b32 {l, h}, %1; cvt.f32.f16 a, l; cvt.f32.f16 b, h; cvt.rn.bf16x2.f32 %0, b, a;}" : "=r"(both) : "r"(halves));
+  return both;
+}
+KT_INLINE uint32_t pack_f16(float a, float b) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  return both;
+}
+// Byte `index` (0..3) of two words, side by side.
+KT_INLINE uint32_t two_bytes(uint32_t first, uint32_t second, int index) { return __byte_perm(first, second, index | (index + 4) << 4) & 0xFFFFu; }
+
+// Blocks of one cluster: a barrier, and one float of another block's shared memory at this block's address of it.
+KT_INLINE int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+KT_INLINE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+KT_INLINE float load_remote(const float* mine, int rank) {
+  float value;
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
+               : "=f"(value) : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank) : "memory");
+  return value;
+}
+
+// d [16 tokens x 8 rows] += a [16 x k] b [k x 8], k = 32 E4M3 or 16 BF16 or F16 values; a fragment word holds 4 (or 2). Lane
 // (g, t) = (lane / 4, lane % 4) gives tokens g and g + 8, row g, and gets rows 2t and 2t + 1 of tokens g and g + 8.
 // E4M3 unpacks to F16 and multiplies there, exactly, on sm_90a and sm_100a alike: sums are fp32, not Hopper's short ones.
 template <int F>
 KT_INLINE void mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  if (F == kE4m3)
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  if constexpr (F == kE4m3)
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else if constexpr (F == kF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }

@@ -18,6 +18,7 @@ import torch
 from specs.errors import StageFailed
 
 E4M3, BF16 = 0, 1
+HEAD_DIM = 128  # kHeadDim of attention_decode/kernel.cuh
 INBOX_TOKENS = 8  # kNarrowTokens
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 
@@ -30,6 +31,16 @@ class _Moe(ctypes.Structure):
         *((name, _POINTER) for name in ("shared13_scale", "routed13_scale", "shared2_scale", "routed2_scale")),
         *((name, _POINTER) for name in ("inv_scale", "shared_h", "routed_h", "y")),
         *((name, _INT) for name in ("tokens", "hidden", "width", "experts")),
+    ]
+
+
+class _Attention(ctypes.Structure):
+    """`struct Attention` of attention_decode/kernel.cuh."""
+
+    _fields_: ClassVar[list[Any]] = [
+        *((name, _POINTER) for name in ("q", "k", "v", "position", "y", "y8", "inv_out_scale")),
+        *((name, _FLOAT) for name in ("k_scale", "v_scale")),
+        *((name, _INT) for name in ("tokens", "heads", "kv_heads", "q_stride", "length", "chunk_size")),
     ]
 
 
@@ -73,16 +84,15 @@ class CudaLibrary:
     def gemm_low_latency(self, x_MK: torch.Tensor, w_NK: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """BF16 [M, N]; E4M3 or BF16 operands, both the same. A scale is one number or one per row, here and below."""
         y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
-        dtype = BF16 if w_NK.dtype == torch.bfloat16 else E4M3
         sizes = (_INT(x_MK.shape[0]), _INT(w_NK.shape[0]), _INT(x_MK.shape[1] * x_MK.element_size()))
-        self._call("gemm_low_latency", x_MK, _INT(dtype), _at(x_MK), _at(w_NK), *_scale(scale), _at(y_MN), *sizes)
+        self._call("gemm_low_latency", x_MK, _format(w_NK), _at(x_MK), _at(w_NK), *_scale(scale), _at(y_MN), *sizes)
         return y_MN
 
     def qkv_attn_scaling(
         self,
         x_MK: torch.Tensor,
         w_NK: torch.Tensor,
-        scale: torch.Tensor,
+        scale: torch.Tensor | None,
         position_M: torch.Tensor | None,
         cos_sin_SP2: torch.Tensor | None,
         q_rows: int,
@@ -90,22 +100,34 @@ class CudaLibrary:
         head_dim: int,
         floor_scale: float,
         attn_scale: float,
+        k_SGD: torch.Tensor | None = None,
+        v_SGD: torch.Tensor | None = None,
+        inv_k_scale: float = 1.0,
+        inv_v_scale: float = 1.0,
     ) -> torch.Tensor:
-        """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0."""
+        """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0. With an E4M3 cache, keys
+        and values times their inverse scale are also written at their positions."""
         y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
         pointers = (_at(x_MK), _at(w_NK), *_scale(scale), _at(position_M), _at(cos_sin_SP2), _at(y_MN))
-        sizes = (_INT(n) for n in (x_MK.shape[0], w_NK.shape[0], x_MK.shape[1], q_rows, k_rows, head_dim))
-        self._call("qkv_attn_scaling", x_MK, *pointers, *sizes, _FLOAT(floor_scale), _FLOAT(attn_scale))
+        row_bytes = x_MK.shape[1] * x_MK.element_size()
+        sizes = (_INT(n) for n in (x_MK.shape[0], w_NK.shape[0], row_bytes, q_rows, k_rows, head_dim))
+        cache = (_at(k_SGD), _at(v_SGD), _FLOAT(inv_k_scale), _FLOAT(inv_v_scale))
+        temperature = (_FLOAT(floor_scale), _FLOAT(attn_scale))
+        self._call("qkv_attn_scaling", x_MK, _format(w_NK), *pointers, *sizes, *temperature, *cache)
         return y_MN
 
     def fc13_swiglu(
-        self, x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor, inv_out_scale: torch.Tensor
+        self,
+        x_MK: torch.Tensor,
+        w_2FK: torch.Tensor,
+        scale: torch.Tensor | None,
+        inv_out_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale."""
-        h_MF = x_MK.new_empty((x_MK.shape[0], w_2FK.shape[0] // 2), dtype=torch.float8_e4m3fn)
-        sizes = (_INT(x_MK.shape[0]), _INT(h_MF.shape[1]), _INT(x_MK.shape[1]))
+        """E4M3 [M, F] of E4M3 operands; `inv_out_scale` [1] is 1 / the down projection's input scale. BF16 of BF16 ones."""
+        h_MF = x_MK.new_empty((x_MK.shape[0], w_2FK.shape[0] // 2))
+        sizes = (_INT(x_MK.shape[0]), _INT(h_MF.shape[1]), _INT(x_MK.shape[1] * x_MK.element_size()))
         pointers = (_at(x_MK), _at(w_2FK), *_scale(scale), _at(inv_out_scale), _at(h_MF))
-        self._call("fc13_swiglu", x_MK, *pointers, *sizes)
+        self._call("fc13_swiglu", x_MK, _format(w_2FK), *pointers, *sizes)
         return h_MF
 
     def router(self, x_MK: torch.Tensor, w_EK: torch.Tensor) -> torch.Tensor:
@@ -146,6 +168,30 @@ class CudaLibrary:
         self._call("moe_top1", x_MK, ctypes.byref(arguments))
         return y_MK
 
+    def attention_decode(
+        self,
+        q_MHD: torch.Tensor,
+        k_SGD: torch.Tensor,
+        v_SGD: torch.Tensor,
+        position_M: torch.Tensor,
+        k_scale: float,
+        v_scale: float,
+        chunk_size: int,
+        inv_out_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """BF16 [M, H, D], or E4M3 with `inv_out_scale` [1]; D is 128. `q_MHD` may be a slice of QKV's rows."""
+        (M, H, D), (S, G) = q_MHD.shape, k_SGD.shape[:2]
+        y_MHD = q_MHD.new_empty((M, H, D), dtype=torch.bfloat16 if inv_out_scale is None else torch.float8_e4m3fn)
+        tensors = (q_MHD, k_SGD, v_SGD, position_M)
+        outputs = (y_MHD, None, None) if inv_out_scale is None else (None, y_MHD, inv_out_scale)
+        arguments = _Attention(
+            *(t.data_ptr() for t in tensors),
+            *(None if t is None else t.data_ptr() for t in outputs),
+            *(k_scale, v_scale, M, H, G, q_MHD.stride(0), S, chunk_size),
+        )
+        self._call("attention_decode", q_MHD, ctypes.byref(arguments))
+        return y_MHD
+
     def allreduce_rmsnorm(
         self,
         part_MH: torch.Tensor,
@@ -168,6 +214,10 @@ class CudaLibrary:
         arguments = (ctypes.byref(norm), ctypes.byref(exchange), _INT(part_MH.shape[0]))
         self._call("allreduce_rmsnorm", part_MH, *arguments)
         return y8_MH, y_MH, residual_out_MH
+
+
+def _format(w: torch.Tensor) -> ctypes.c_int:
+    return _INT(BF16 if w.dtype == torch.bfloat16 else E4M3)
 
 
 def _scale(scale: torch.Tensor | None) -> tuple[ctypes.c_void_p, ctypes.c_int]:

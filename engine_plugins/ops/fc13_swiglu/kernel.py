@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from engine_plugins.ops.gemm_low_latency.kernel import gemm_low_latency
 from engine_plugins.ops.tiles import ROWS, dot_rows, scale_step, to_e4m3
 
 BLOCK_F, BLOCK_K = 16, 256
@@ -34,9 +35,12 @@ def fc13_kernel(x, w, scale, h, M, F, K, inv_out_scale, scale_step, BLOCK_F: tl.
 
 
 def fc13_swiglu(
-    x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor, inv_out_scale: torch.Tensor
+    x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor | None, inv_out_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale."""
+    """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale. BF16 operands give BF16, in two kernels."""
+    if scale is None or inv_out_scale is None:
+        gate, up = gemm_low_latency(x_MK, w_2FK, scale).chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate.float()).mul_(up).bfloat16()
     (M, K), F = x_MK.shape, w_2FK.shape[0] // 2
     h_MF = torch.empty((M, F), dtype=torch.float8_e4m3fn, device=x_MK.device)
     fc13_kernel[(triton.cdiv(F, BLOCK_F),)](

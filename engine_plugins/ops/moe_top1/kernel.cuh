@@ -24,7 +24,7 @@ struct Moe {
   int tokens, hidden, width, experts;
 };
 
-// Activations of the tokens that chose `wanted`, times their score, rounded to E4M3. `offset` counts E4M3 values.
+// Activations of the tokens that chose `wanted`, times their score, rounded to E4M3 on the way. `row_bytes` counts E4M3 values.
 struct Scored {
   const uint8_t* x;
   const int* expert_M;
@@ -33,21 +33,37 @@ struct Scored {
   float inv_scale;
   int tokens, row_bytes;
 
-  KT_INLINE uint32_t four(uint32_t low, uint32_t high, float score) const {
-    return pack_e4m3(bf16_to_float((uint16_t)low) * score * inv_scale, bf16_to_float((uint16_t)(low >> 16)) * score * inv_scale,
-                     bf16_to_float((uint16_t)high) * score * inv_scale, bf16_to_float((uint16_t)(high >> 16)) * score * inv_scale);
+  KT_INLINE bool has(int token) const { return token < tokens && expert_M[token] == wanted; }
+  KT_INLINE uint32_t four(uint32_t low, uint32_t high, float factor) const {
+    return pack_e4m3(bf16_to_float((uint16_t)low) * factor, bf16_to_float((uint16_t)(low >> 16)) * factor,
+                     bf16_to_float((uint16_t)high) * factor, bf16_to_float((uint16_t)(high >> 16)) * factor);
   }
-  KT_INLINE uint4 operator()(int token, int offset) const {
-    if (token >= tokens || expert_M[token] != wanted) return zero16();
-    const uint8_t* at = x + ((long long)token * row_bytes + offset) * 2;
-    const uint4 low = load_activation(at), high = load_activation(at + 16);
-    const float score = score_M[token];
-    return uint4{four(low.x, low.y, score), four(low.z, low.w, score), four(high.x, high.y, score), four(high.z, high.w, score)};
+  KT_INLINE void put(uint4* to, int token, int at, const uint4& eight, float factor) const {
+    uint2* place = (uint2*)(to + at / kChunkBytes * kWarp + token * 4 + at % kChunkBytes / 16) + at % 16 / 8;
+    *place = uint2{four(eight.x, eight.y, factor), four(eight.z, eight.w, factor)};
+  }
+  // All lanes of the warp share each token's values, eight at a time.
+  template <int Batch>
+  KT_INLINE void fetch(uint4* to, int first, int chunk, int end, const Lane& lane) const {
+    const int begin = chunk * kChunkBytes, stop = end * kChunkBytes < row_bytes ? end * kChunkBytes : row_bytes;
+    for (int token = first; token < tokens; ++token) {
+      if (!has(token)) continue;
+      const float factor = score_M[token] * inv_scale;
+      const uint8_t* row = x + ((long long)token * row_bytes + begin) * 2;
+#pragma unroll 1
+      for (int at = lane.id * 8; at < Batch * kChunkBytes; at += kWarp * 16) {  // two loads in flight
+        const int next = at + kWarp * 8;
+        const bool one = begin + at < stop, two = next < Batch * kChunkBytes && begin + next < stop;
+        const uint4 first_eight = one ? load_activation(row + at * 2) : zero16(), second = two ? load_activation(row + next * 2) : zero16();
+        if (one) put(to, token, at, first_eight, factor);
+        if (two) put(to, token, next, second, factor);
+      }
+    }
   }
 };
 
 struct GatedOfExpert {  // the same epilogue, for the tokens that chose this expert
-  Gated gated;
+  Gated<kE4m3> gated;
   const int* expert_M;
   int wanted;
   KT_INLINE void operator()(int token, int f, const float2 (&sum)[2]) const {
@@ -63,7 +79,7 @@ KT_KERNEL(256, 2) moe_fc13_kernel(Moe a, Cut cut) {
   grid_launch_dependents();
   if (blockIdx.y == 0) {
     const Stored x{a.x8_MK, a.tokens, a.hidden};
-    skinny_gemm<kE4m3, 2, false>(a.shared13_2FK, a.width, a.width, x, cut, Gated{{a.shared13_scale_2F, 1}, a.inv_scale_3 + 1, a.shared_h_MF, a.width});
+    skinny_gemm<kE4m3, 2, false>(a.shared13_2FK, a.width, a.width, x, cut, Gated<kE4m3>{{a.shared13_scale_2F, 1}, a.inv_scale_3 + 1, a.shared_h_MF, a.width});
     return;
   }
   grid_wait();
@@ -71,58 +87,57 @@ KT_KERNEL(256, 2) moe_fc13_kernel(Moe a, Cut cut) {
   const int expert = chosen_S[blockIdx.y - 1];
   if (expert < 0) return;
   const Scored x{a.x_MK, expert_M, score_M, expert, a.inv_scale_3[0], a.tokens, a.hidden};
-  const Gated gated{{a.routed13_scale_E2F + (long long)expert * 2 * a.width, 1}, a.inv_scale_3 + 2, a.routed_h_MF, a.width};
+  const Gated<kE4m3> gated{{a.routed13_scale_E2F + (long long)expert * 2 * a.width, 1}, a.inv_scale_3 + 2, a.routed_h_MF, a.width};
   skinny_gemm<kE4m3, 2, false>(a.routed13_E2FK + (long long)expert * 2 * a.width * a.hidden, a.width, a.width, x, cut,
                         GatedOfExpert{gated, expert_M, expert});
 }
 
-struct OfExpert {  // rows of h whose token chose `wanted`; every row when it is -1
-  Stored h;
-  const int* expert_M;
-  int wanted;
-  KT_INLINE uint4 operator()(int token, int offset) const {
-    return wanted < 0 || (token < h.tokens && expert_M[token] == wanted) ? h(token, offset) : zero16();
-  }
-};
-
-// y = shared FC2 + routed FC2. Steps walk over (expert, batch of its chunks); the next step's weights load during this one's mma.
+// y = shared FC2 + routed FC2. Steps walk over (batch of chunks, expert); the next step's weights load during this one's mma.
 KT_KERNEL(256, 3) moe_fc2_kernel(Moe a, Cut cut) {
   KT_SHARED(int, expert_M, kNarrowTokens);
   KT_SHARED(float, score_M, kNarrowTokens);
   KT_SHARED(int, chosen_S, kNarrowTokens);
-  KT_SHARED(float2, shared, kMaxWarps * kPairs);
+  KT_LAUNCH_SHARED(uint4, shared);
   const Lane lane;
   const int slice = lane.warp % cut.slices, begin = cut.begin(slice), end = cut.begin(slice + 1), mine = lane_end(end, a.width, lane);
   const int index = (blockIdx.x * cut.tiles + lane.warp / cut.slices) * kTileRows + lane.group;
   grid_launch_dependents();
   uint4 now[1][kMoeBatch], next[1][kMoeBatch];
-  const uint8_t* row = lane_row(a.shared2_KF, index, a.hidden, a.width, lane);
-  load_batch(now[0], row, begin, mine);
+  const uint8_t* shared_row = lane_row(a.shared2_KF, index, a.hidden, a.width, lane);
+  load_batch(now[0], shared_row, begin, mine);
   grid_wait();
   route(a.logits_ME, a.tokens, a.experts, expert_M, score_M, chosen_S);
+  uint4 *staged = warp_shared(shared, lane), *routed = staged + kMoeBatch * kWarp;
   float total[4] = {};
   int slot = -1, expert = -1, chunk = begin;
-  while (true) {
-    const int this_expert = expert, this_chunk = chunk;
-    chunk += kMoeBatch;
-    if (chunk >= end) {  // on to the next expert
-      chunk = begin;
-      expert = ++slot < a.tokens ? chosen_S[slot] : -1;
-      row = lane_row(a.routed2_EKF + (long long)expert * a.hidden * a.width, index, a.hidden, a.width, lane);
+  while (chunk < end) {
+    const int this_slot = slot, this_expert = expert, this_chunk = chunk;
+    expert = ++slot < a.tokens ? chosen_S[slot] : -1;
+    if (expert < 0) {  // every expert had this batch of chunks
+      slot = -1;
+      chunk += kMoeBatch;
     }
-    const bool more = slot < 0 || expert >= 0;
-    if (more) load_batch(next[0], row, chunk, mine);
-    const OfExpert h{{this_expert < 0 ? a.shared_h_MF : a.routed_h_MF, a.tokens, a.width}, expert_M, this_expert};
+    if (this_slot < 0) {
+      __syncwarp();
+      Stored{a.shared_h_MF, a.tokens, a.width}.fetch<kMoeBatch>(staged, 0, this_chunk, end, lane);
+      Stored{a.routed_h_MF, a.tokens, a.width}.fetch<kMoeBatch>(routed, 0, this_chunk, end, lane);
+    }
+    const uint8_t* row = expert < 0 ? shared_row : lane_row(a.routed2_EKF + (long long)expert * a.hidden * a.width, index, a.hidden, a.width, lane);
+    load_batch(next[0], row, chunk, mine);
+    if (this_slot < 0) {
+      staged_wait();
+      __syncwarp();
+    }
+    const bool has = lane.group < a.tokens && (this_expert < 0 || expert_M[lane.group] == this_expert);
     const float scale = this_expert < 0 ? a.shared2_scale[0] : a.routed2_scale_E[this_expert];
     float d[4] = {};
-    multiply_batch<kE4m3, false>(d, now, h, this_chunk, end, mine, lane);
+    multiply_batch<kE4m3>(d, now, this_expert < 0 ? staged : routed, has, false, this_chunk, end, mine, lane);
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[i] += d[i] * scale;
-    if (!more) break;
 #pragma unroll
     for (int i = 0; i < kMoeBatch; ++i) now[0][i] = next[0][i];
   }
-  put_sums<1>(shared, total);
+  put_sums<1>(shared, total, lane);
   __syncthreads();
   finish_sums<1>(shared, cut, a.tokens, ScaledBf16{{nullptr, 0}, a.y_MK, a.hidden});
 }

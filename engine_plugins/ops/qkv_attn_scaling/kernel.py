@@ -1,6 +1,6 @@
 """qkv_attn_scaling in Triton: even and odd rows of a head as two dot products, so that pairs meet in registers.
 
-What it refuses to be: a writer of the KV cache. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
+What it refuses to be: the cache's writer; torch's kernels are. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, N rows [q | k | v], K inputs, S positions, P pairs of a head.
 """
 
@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from engine_plugins.ops.tiles import ROWS, scale_step, to_bf16
+from engine_plugins.ops.qkv_attn_scaling.reference import write_cache
+from engine_plugins.ops.tiles import ROWS, dot, scale_step, to_bf16
 
 BLOCK_P, BLOCK_K = 16, 256
 
@@ -25,11 +26,11 @@ def qkv_kernel(
     even, odd = tl.zeros((ROWS, BLOCK_P), tl.float32), tl.zeros((ROWS, BLOCK_P), tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(x + m[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0).to(tl.float16)
+        a = tl.load(x + m[:, None] * K + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0)
         at = w + n[None, :] * K + k[:, None]
         inside = (n < N)[None, :] & (k < K)[:, None]
-        even = tl.dot(a, tl.load(at, mask=inside, other=0.0).to(tl.float16), even)
-        odd = tl.dot(a, tl.load(at + K, mask=inside, other=0.0).to(tl.float16), odd)
+        even = dot(a, tl.load(at, mask=inside, other=0.0), even)
+        odd = dot(a, tl.load(at + K, mask=inside, other=0.0), odd)
     even = even * tl.load(scale + n * scale_step, mask=n < N, other=0.0)[None, :]
     odd = odd * tl.load(scale + (n + 1) * scale_step, mask=n < N, other=0.0)[None, :]
     if ROPE:
@@ -51,7 +52,7 @@ def qkv_kernel(
 def qkv_attn_scaling(
     x_MK: torch.Tensor,
     w_NK: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None,
     position_M: torch.Tensor | None,
     cos_sin_SP2: torch.Tensor | None,
     q_rows: int,
@@ -59,10 +60,15 @@ def qkv_attn_scaling(
     head_dim: int,
     floor_scale: float,
     attn_scale: float,
+    k_SGD: torch.Tensor | None = None,
+    v_SGD: torch.Tensor | None = None,
+    inv_k_scale: float = 1.0,
+    inv_v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """BF16 [M, N]; rotated with a table, scaled with a floor_scale above 0."""
+    """BF16 [M, N]; rotated with a table, scaled with a floor_scale above 0. The cache is written by torch's kernels."""
     (M, K), N = x_MK.shape, w_NK.shape[0]
     y_MN = torch.empty((M, N), dtype=torch.bfloat16, device=x_MK.device)
+    scale = torch.ones(1, device=x_MK.device) if scale is None else scale
     table = scale if cos_sin_SP2 is None else cos_sin_SP2
     position = x_MK if position_M is None else position_M
     qkv_kernel[(triton.cdiv(N // 2, BLOCK_P),)](
@@ -73,4 +79,6 @@ def qkv_attn_scaling(
         ROPE=cos_sin_SP2 is not None,
         TEMPERATURE=floor_scale > 0,
     )
+    if k_SGD is not None and v_SGD is not None and position_M is not None:
+        write_cache(y_MN[:, q_rows:], position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
     return y_MN

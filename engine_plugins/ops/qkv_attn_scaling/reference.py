@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from engine_plugins.ops.formats import Linear
+from engine_plugins.ops.formats import E4M3_MAX, Linear
 
 
 def apply_rope(
@@ -63,3 +63,12 @@ def qkv_attn_scaling(
     elif temperature is not None:
         q_MHD = q_MHD * attention_temperature(position_M, *temperature)[:, None, None]
     return q_MHD, k_MHD, v_MHD
+
+
+def write_cache(
+    kv_MN: torch.Tensor, position_M: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], inverse: tuple[float, float]
+) -> None:
+    """Round keys and values, rows [k | v], to E4M3 in units of their scales, into [S, G, D] caches at their positions."""
+    for part_MN, cache_SGD, inv_scale in zip(kv_MN.float().chunk(2, dim=-1), caches, inverse, strict=True):
+        codes = (part_MN * inv_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        cache_SGD.view(torch.uint8).flatten(1).index_copy_(0, position_M, codes)

@@ -41,7 +41,8 @@ KT_KERNEL(kRouterThreads, 4) router_kernel(const uint8_t* w_EK, Stored x, int ex
       const int at = base + i * stride + threadIdx.x * 16;
 #pragma unroll
       for (int token = 0; token < kNarrowTokens; ++token)
-        if (token < x.tokens && at < x.row_bytes) sum[token] = dot_bf16x8(batch[i], x(token, at), sum[token]);
+        if (token < x.tokens && at < x.row_bytes)
+          sum[token] = dot_bf16x8(batch[i], load_activation(x.x + (long long)token * x.row_bytes + at), sum[token]);
     }
   }
 #pragma unroll

@@ -20,6 +20,7 @@
 #define KT_KERNEL(threads, blocks) static void
 #define KT_INLINE inline
 #define KT_SHARED(type, name, count) type* name = (type*)emulator::shared_memory(__COUNTER__, sizeof(type) * (count))
+#define KT_LAUNCH_SHARED(type, name) type* name = (type*)emulator::shared_memory(-1, emulator::now->block->launch_shared)
 #define threadIdx (emulator::now->thread)
 #define blockIdx (emulator::now->block->index)
 #define blockDim (emulator::now->block->size)
@@ -43,10 +44,18 @@ struct Warp {
   uint32_t words[kLanes][kWords];
 };
 
+struct Block;
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
+};
+
 struct Block {
   dim3 index, size;
-  int live = 0;
+  int live = 0, rank = 0;
+  size_t launch_shared = 0;
   Barrier barrier;
+  std::shared_ptr<Cluster> cluster;
   std::vector<Warp> warps;
   std::map<int, std::vector<uint8_t>> shared;
 };
@@ -70,6 +79,8 @@ struct Buffer {
 struct Launch {
   dim3 grid;
   int threads;
+  size_t shared;
+  unsigned cluster;  // so many neighbours in x run side by side
   std::function<void()> body;
 };
 
@@ -170,6 +181,7 @@ inline void run_fibers() {
 
 inline void add_block(const Launch& l, Block& block) {
   block.size = dim3(l.threads);
+  block.launch_shared = l.shared;
   block.live = l.threads;
   block.warps.resize((l.threads + kLanes - 1) / kLanes);
   for (int t = 0; t < l.threads; ++t) {
@@ -186,17 +198,22 @@ inline void add_block(const Launch& l, Block& block) {
   }
 }
 
-// Blocks of one launch run one after the other, or, `together`, with all that is queued: ranks that wait for each other.
+// Clusters of one launch run one after the other, or, `together`, with all that is queued: ranks that wait for each other.
 inline void run_queue() {
   std::vector<std::unique_ptr<Block>> blocks;
   for (auto& l : queue)
-    for (unsigned y = 0; y < l.grid.y; ++y)
-      for (unsigned x = 0; x < l.grid.x && error.empty(); ++x) {
-        blocks.push_back(std::make_unique<Block>());
-        blocks.back()->index = dim3(x, y, 0);
-        add_block(l, *blocks.back());
-        if (!together) run_fibers();
-      }
+    for (unsigned z = 0; z < l.grid.z; ++z)
+      for (unsigned y = 0; y < l.grid.y; ++y)
+        for (unsigned x = 0; x < l.grid.x && error.empty(); ++x) {
+          blocks.push_back(std::make_unique<Block>());
+          Block& block = *blocks.back();
+          block.index = dim3(x, y, z);
+          block.rank = x % l.cluster;
+          block.cluster = block.rank ? blocks[blocks.size() - 2]->cluster : std::make_shared<Cluster>();
+          block.cluster->blocks.push_back(&block);
+          add_block(l, block);
+          if (!together && (x + 1) % l.cluster == 0) run_fibers();
+        }
   if (together) run_fibers();
   queue.clear();
 }
@@ -222,6 +239,12 @@ inline uint8_t encode_e4m3(float x) {
 
 inline float value_of(int format, uint32_t word, int i) {
   if (format == 0) return decode_e4m3((uint8_t)(word >> (8 * i)));
+  if (format == 2) {
+    _Float16 half;
+    const uint16_t bits = (uint16_t)(word >> (16 * i));
+    memcpy(&half, &bits, 2);
+    return (float)half;
+  }
   const uint32_t wide = (word >> (16 * i)) << 16;
   float v;
   memcpy(&v, &wide, 4);
@@ -230,6 +253,7 @@ inline float value_of(int format, uint32_t word, int i) {
 
 }  // namespace emulator
 
+inline void __syncwarp() { emulator::arrive(emulator::warp().barrier, emulator::kLanes); }
 inline void __syncthreads() { emulator::arrive(emulator::now->block->barrier, emulator::now->block->live); }
 
 template <class T>
@@ -247,6 +271,47 @@ namespace kilotok {
 
 inline uint4 load_weight(const void* at) { return emulator::load(at); }
 inline uint4 load_activation(const void* at) { return emulator::load(at); }
+inline void stage(uint4* to, const void* at) { *to = emulator::load(at); }
+inline void staged_wait() {}
+inline void prefetch(const void*) {}
+
+inline uint32_t f16_bits(float x) {
+  const _Float16 half = (_Float16)x;
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint32_t pack_f16(float a, float b) { return f16_bits(a) | f16_bits(b) << 16; }
+inline uint32_t e4m3x2_to_f16x2(uint32_t pair) {
+  return pack_f16(emulator::decode_e4m3((uint8_t)pair), emulator::decode_e4m3((uint8_t)(pair >> 8)));
+}
+inline uint32_t e4m3x2_to_bf16x2(uint32_t pair) {
+  const float values[2] = {emulator::decode_e4m3((uint8_t)pair), emulator::decode_e4m3((uint8_t)(pair >> 8))};
+  uint32_t bits[2];
+  memcpy(bits, values, 8);
+  return bits[0] >> 16 | (bits[1] & 0xFFFF0000u);
+}
+inline uint32_t two_bytes(uint32_t first, uint32_t second, int index) {
+  return (first >> (8 * index) & 0xFF) | (second >> (8 * index) & 0xFF) << 8;
+}
+
+inline int cluster_rank() { return emulator::now->block->rank; }
+inline void cluster_sync() {
+  emulator::Cluster& c = *emulator::now->block->cluster;
+  emulator::arrive(c.barrier, (int)(c.blocks.size() * emulator::now->block->size.x));
+}
+inline float load_remote(const float* mine, int rank) {
+  using namespace emulator;
+  for (auto& [key, memory] : now->block->shared) {
+    const long offset = (const uint8_t*)mine - memory.data();
+    if (offset < 0 || offset + 4 > (long)memory.size()) continue;
+    float value;
+    memcpy(&value, now->block->cluster->blocks[rank]->shared[key].data() + offset, 4);
+    return value;
+  }
+  fail("a remote load outside shared memory");
+  return NAN;
+}
 inline void grid_launch_dependents() {}
 
 inline void grid_wait() {
@@ -304,8 +369,8 @@ inline bool load_flagged(const void* at, uint32_t epoch, uint32_t& first, uint32
 }  // namespace kilotok
 
 template <class... Wanted, class... Given>
-int launch(void (*kernel)(Wanted...), dim3 grid, int threads, void*, Given... given) {
-  emulator::queue.push_back({grid, threads, [=] { kernel(Wanted(given)...); }});
+int launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, unsigned cluster, void*, Given... given) {
+  emulator::queue.push_back({grid, threads, (size_t)shared, cluster, [=] { kernel(Wanted(given)...); }});
   if (!emulator::together) emulator::run_queue();
   return emulator::error.empty() ? 0 : 1;
 }
