@@ -30,7 +30,16 @@ def test_cuda_kernels_compile_without_spills(architecture: str, tmp_path: Path) 
     assert record == read_record(tmp_path)
     kernels = record["kernels"]
     assert {name.partition("_kernel")[0] for name in kernels} == {
-        *("allreduce_rmsnorm", "attention_decode", "fc13_swiglu", "gemm_low_latency", "moe_fc13", "moe_fc2", "qkv_attn_scaling", "router")
+        *(
+            "allreduce_rmsnorm",
+            "attention_decode",
+            "fc13_swiglu",
+            "gemm_low_latency",
+            "moe_fc13",
+            "moe_fc2",
+            "qkv_attn_scaling",
+            "router",
+        )
     }
     assert all(cost["spill_bytes"] == 0 and 0 < cost["registers"] <= 192 for cost in kernels.values())
 

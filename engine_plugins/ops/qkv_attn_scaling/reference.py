@@ -66,7 +66,10 @@ def qkv_attn_scaling(
 
 
 def write_cache(
-    kv_MN: torch.Tensor, position_M: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor], inverse: tuple[float, float]
+    kv_MN: torch.Tensor,
+    position_M: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    inverse: tuple[float, float],
 ) -> None:
     """Round keys and values, rows [k | v], to E4M3 in units of their scales, into [S, G, D] caches at their positions."""
     for part_MN, cache_SGD, inv_scale in zip(kv_MN.float().chunk(2, dim=-1), caches, inverse, strict=True):
