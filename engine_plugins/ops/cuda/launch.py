@@ -105,8 +105,8 @@ class CudaLibrary:
         inv_k_scale: float = 1.0,
         inv_v_scale: float = 1.0,
     ) -> torch.Tensor:
-        """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0. With an E4M3 cache, keys
-        and values times their inverse scale are also written at their positions."""
+        """BF16 [M, N], rows [q | k | v]; rotated with a table, scaled with a floor_scale above 0. With an E4M3 cache,
+        keys and values times their inverse scale are also written at their positions."""
         y_MN = x_MK.new_empty((x_MK.shape[0], w_NK.shape[0]), dtype=torch.bfloat16)
         pointers = (_at(x_MK), _at(w_NK), *_scale(scale), _at(position_M), _at(cos_sin_SP2), _at(y_MN))
         row_bytes = x_MK.shape[1] * x_MK.element_size()
@@ -123,7 +123,8 @@ class CudaLibrary:
         scale: torch.Tensor | None,
         inv_out_scale: torch.Tensor | None,
     ) -> torch.Tensor:
-        """E4M3 [M, F] of E4M3 operands; `inv_out_scale` [1] is 1 / the down projection's input scale. BF16 of BF16 ones."""
+        """E4M3 [M, F] of E4M3 operands, BF16 of BF16 ones; `inv_out_scale` [1] is 1 / the down projection's input
+        scale."""
         h_MF = x_MK.new_empty((x_MK.shape[0], w_2FK.shape[0] // 2))
         sizes = (_INT(x_MK.shape[0]), _INT(h_MF.shape[1]), _INT(x_MK.shape[1] * x_MK.element_size()))
         pointers = (_at(x_MK), _at(w_2FK), *_scale(scale), _at(inv_out_scale), _at(h_MF))

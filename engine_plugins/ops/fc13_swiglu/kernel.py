@@ -37,7 +37,7 @@ def fc13_kernel(x, w, scale, h, M, F, K, inv_out_scale, scale_step, BLOCK_F: tl.
 def fc13_swiglu(
     x_MK: torch.Tensor, w_2FK: torch.Tensor, scale: torch.Tensor | None, inv_out_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale. BF16 operands give BF16, in two kernels."""
+    """E4M3 [M, F]; `inv_out_scale` [1] is 1 / the down projection's input scale. BF16 gives BF16, in two kernels."""
     if scale is None or inv_out_scale is None:
         gate, up = gemm_low_latency(x_MK, w_2FK, scale).chunk(2, dim=-1)
         return torch.nn.functional.silu(gate.float()).mul_(up).bfloat16()

@@ -71,7 +71,7 @@ def write_cache(
     caches: tuple[torch.Tensor, torch.Tensor],
     inverse: tuple[float, float],
 ) -> None:
-    """Round keys and values, rows [k | v], to E4M3 in units of their scales, into [S, G, D] caches at their positions."""
+    """Keys and values, rows [k | v], to E4M3 in units of their scales, at their positions of [S, G, D] caches."""
     for part_MN, cache_SGD, inv_scale in zip(kv_MN.float().chunk(2, dim=-1), caches, inverse, strict=True):
         codes = (part_MN * inv_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
         cache_SGD.view(torch.uint8).flatten(1).index_copy_(0, position_M, codes)
