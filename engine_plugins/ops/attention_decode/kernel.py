@@ -2,7 +2,8 @@
 
 What it is: E4M3 keys and values unpacked exactly, softmax in fp32, probabilities in FP16. The number of splits is fixed
 and their bounds come from the positions on the device, so one CUDA graph serves every context length.
-What it refuses to be: paged, or the fastest at a head size of 128, which is CUDA's; the native engine's cache is one slot's [positions, kv heads, head size].
+What it refuses to be: paged, or the fastest at a head size of 128, which is CUDA's. The native engine's cache is one
+slot's [positions, kv heads, head size].
 Run it: `python -m pytest tests/engine_plugins/test_triton.py`.
 Legend: M rows, H query heads, G kv heads, D head size, S positions, R = M * H / G rows that share a kv head.
 """

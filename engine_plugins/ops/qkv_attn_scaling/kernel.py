@@ -1,6 +1,7 @@
 """qkv_attn_scaling in Triton: even and odd rows of a head as two dot products, so that pairs meet in registers.
 
-What it refuses to be: the cache's writer; torch's kernels are. Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
+What it refuses to be: the cache's writer; torch's kernels are.
+Run it: `python -m pytest tests/engine_plugins/test_gpu_ops.py`.
 Legend: M tokens, N rows [q | k | v], K inputs, S positions, P pairs of a head.
 """
 
