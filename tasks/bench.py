@@ -84,12 +84,17 @@ def graph_us(calls: Sequence[Call], replays: int = REPLAYS) -> float:
 def bench_ops(tokens: Sequence[int] = (1, 4)) -> list[dict[str, Any]]:
     """One row per op, shape and number of tokens."""
     gpu = gpu_here()
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return [_row(case, m, gpu, cache) for m in tokens for case in cases(m, torch.device("cuda"))]
+    return [_row(case, m, gpu) for m in tokens for case in cases(m, torch.device("cuda"))]
 
 
-def _row(case: Case, tokens: int, gpu: Gpu, cache_bytes: int) -> dict[str, Any]:
-    copies = max(MIN_COPIES, 2 * cache_bytes // max(case.bytes, 1 << 16) + 1)
+def rotation(case: Case) -> int:
+    """How many copies of a case's weights exceed twice the L2 cache of this GPU."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(MIN_COPIES, 2 * cache_bytes // max(case.bytes, 1 << 16) + 1)
+
+
+def _row(case: Case, tokens: int, gpu: Gpu) -> dict[str, Any]:
+    copies = rotation(case)
     before = dict(library.served)
     cold = graph_us([case.make() for _ in range(copies)])
     warm = graph_us([case.make()] * MIN_COPIES)
@@ -242,9 +247,9 @@ class Maker:
         return Case("verify", f"{self.tokens - 1} drafts of {vocab}", 2 * self.tokens * vocab, make)
 
 
-def cases(tokens: int, device: torch.device, shrink: int = 1) -> list[Case]:
+def cases(tokens: int, device: torch.device, shrink: int = 1, maker: type[Maker] = Maker) -> list[Case]:
     """Rank 0's shapes at TP8; `shrink` divides them, so that a test can call every case on a CPU."""
-    make, hidden, experts = Maker(tokens, device), 5120 // shrink, 128 // shrink
+    make, hidden, experts = maker(tokens, device), 5120 // shrink, 128 // shrink
     return [
         *(make.gemm(hidden, k // shrink) for k in (640, 2048, 1024)),
         make.gemm_bf16(25256 // shrink, hidden),
