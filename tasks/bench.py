@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ GOOD_T0_US = 2.0  # start to data flowing, of a kernel that is good; a library's
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an op at one shape. `make` gives a call over fresh weights, `peer` one of torch for the same work."""
+    """One row: an op at one shape. `make` gives a call over fresh weights. `peer` does the same work by torch, given
+    `peer_weights()`: fresh ones."""
 
     op: str
     shape: str
     bytes: int  # weights, or cache, that one call must read
     make: Callable[[], Call]
-    peer: Callable[[], Call] | None = None
+    peer: Callable[[torch.Tensor], torch.Tensor] | None = None
+    peer_weights: Callable[[], torch.Tensor] | None = None
 
 
 def gpu_here() -> Gpu:
@@ -112,9 +115,10 @@ def _row(case: Case, tokens: int, gpu: Gpu) -> dict[str, Any]:
         "share_of_roof": floor / cold,
         "device": torch.cuda.get_device_name(),
     }
-    if case.peer:
-        row["torch_us"] = graph_us([case.peer() for _ in range(copies)])
-        row["torch_compile_us"] = graph_us([torch.compile(case.peer()) for _ in range(copies)])
+    if case.peer and case.peer_weights:
+        weights = [case.peer_weights() for _ in range(copies)]
+        row["torch_us"] = graph_us([partial(case.peer, w) for w in weights])
+        row["torch_compile_us"] = graph_us([partial(torch.compile(case.peer, dynamic=False), w) for w in weights])
     return row
 
 
@@ -147,7 +151,7 @@ class Maker:
             w = self.e4m3(n, k)
             return lambda: OPS.gemm_low_latency(x, w, one)
 
-        return Case("gemm_low_latency", f"{n} <- {k}", n * k, make, lambda: _scaled_mm(self.e4m3(n, k), x, one))
+        return Case("gemm_low_latency", f"{n} <- {k}", n * k, make, _scaled_mm(x, one), lambda: self.e4m3(n, k))
 
     def gemm_bf16(self, n: int, k: int) -> Case:
         x = self.bf16(self.tokens, k)
@@ -156,7 +160,8 @@ class Maker:
             w = self.bf16(n, k)
             return lambda: OPS.gemm_low_latency(x, w, None)
 
-        return Case("gemm_low_latency", f"{n} <- {k} BF16", 2 * n * k, make, lambda: _linear(self.bf16(n, k), x))
+        peer = partial(torch.nn.functional.linear, x)
+        return Case("gemm_low_latency", f"{n} <- {k} BF16", 2 * n * k, make, peer, lambda: self.bf16(n, k))
 
     def router(self, experts: int, hidden: int) -> Case:
         x = self.bf16(self.tokens, hidden)
@@ -166,18 +171,40 @@ class Maker:
             return lambda: OPS.router(x, w)
 
         shape = f"{experts} <- {hidden} BF16"
-        return Case("router", shape, 2 * experts * hidden, make, lambda: _linear(self.bf16(experts, hidden), x))
+        peer = partial(torch.nn.functional.linear, x)
+        return Case("router", shape, 2 * experts * hidden, make, peer, lambda: self.bf16(experts, hidden))
 
     def qkv(self, q_heads: int, kv_heads: int, head_dim: int, hidden: int, position: int) -> Case:
+        """With its write to the cache."""
         x, one, n = self.e4m3(self.tokens, hidden), self.ones(1), (q_heads + 2 * kv_heads) * head_dim
         positions = torch.arange(position, position + self.tokens, device=self.device)
         rows = (q_heads * head_dim, kv_heads * head_dim, head_dim)
 
         def make() -> Call:
-            w = self.e4m3(n, hidden)
-            return lambda: OPS.qkv_attn_scaling(x, w, one, positions, None, *rows, 8192.0, 0.1)
+            w, cache = self.e4m3(n, hidden), self.e4m3(2, position + self.tokens, kv_heads, head_dim)
+            return lambda: OPS.qkv_attn_scaling(x, w, one, positions, None, *rows, 8192.0, 0.1, cache[0], cache[1])
 
-        return Case("qkv_attn_scaling", f"{n} <- {hidden}", n * hidden, make)
+        return Case(
+            "qkv_attn_scaling",
+            f"{n} <- {hidden}",
+            n * hidden,
+            make,
+            _scaled_mm(x, one),
+            lambda: self.e4m3(n, hidden),
+        )
+
+    def draft_qkv(self, q_heads: int, kv_heads: int, head_dim: int, hidden: int, position: int) -> Case:
+        """A draft's: BF16, from an embedding and a hidden state side by side, rotated."""
+        x, n = self.bf16(self.tokens, 2 * hidden), (q_heads + 2 * kv_heads) * head_dim
+        positions = torch.arange(position, position + self.tokens, device=self.device)
+        table = torch.rand(position + self.tokens, head_dim // 2, 2, device=self.device)
+        rows = (q_heads * head_dim, kv_heads * head_dim, head_dim)
+
+        def make() -> Call:
+            w, cache = self.bf16(n, 2 * hidden), self.e4m3(2, position + self.tokens, kv_heads, head_dim)
+            return lambda: OPS.qkv_attn_scaling(x, w, None, positions, table, *rows, 0.0, 0.0, cache[0], cache[1])
+
+        return Case("qkv_attn_scaling", f"{n} <- {2 * hidden} BF16", 4 * n * hidden, make)
 
     def fc13(self, width: int, hidden: int) -> Case:
         x, one = self.e4m3(self.tokens, hidden), self.ones(1)
@@ -186,16 +213,28 @@ class Maker:
             w = self.e4m3(2 * width, hidden)
             return lambda: OPS.fc13_swiglu(x, w, one, one)
 
-        def peer() -> Call:
-            product = _scaled_mm(self.e4m3(2 * width, hidden), x, one)
+        product = _scaled_mm(x, one)
 
-            def separate() -> torch.Tensor:
-                gate, up = product().float().chunk(2, dim=-1)
-                return (torch.nn.functional.silu(gate) * up).clamp(-448, 448).to(library.E4M3)
+        def peer(w: torch.Tensor) -> torch.Tensor:
+            gate, up = product(w).float().chunk(2, dim=-1)
+            return (torch.nn.functional.silu(gate) * up).clamp(-448, 448).to(library.E4M3)
 
-            return separate
+        shape, weights = f"2 x {width} <- {hidden}", lambda: self.e4m3(2 * width, hidden)
+        return Case("fc13_swiglu", shape, 2 * width * hidden, make, peer, weights)
 
-        return Case("fc13_swiglu", f"2 x {width} <- {hidden}", 2 * width * hidden, make, peer)
+    def fc13_bf16(self, width: int, hidden: int) -> Case:
+        x = self.bf16(self.tokens, hidden)
+
+        def make() -> Call:
+            w = self.bf16(2 * width, hidden)
+            return lambda: OPS.fc13_swiglu(x, w, None, None)
+
+        def peer(w: torch.Tensor) -> torch.Tensor:
+            gate, up = torch.nn.functional.linear(x, w).chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+        shape, weights = f"2 x {width} <- {hidden} BF16", lambda: self.bf16(2 * width, hidden)
+        return Case("fc13_swiglu", shape, 4 * width * hidden, make, peer, weights)
 
     def moe(self, experts: int, hidden: int, width: int) -> Case:
         """One set of experts; each call routes its tokens to others, which rotates the weights."""
@@ -226,25 +265,28 @@ class Maker:
 
         return Case("allreduce_rmsnorm", f"{hidden}, 1 rank", m * hidden * 9, make)
 
-    def attention(self, q_heads: int, kv_heads: int, head_dim: int, context: int) -> Case:
+    def attention(self, q_heads: int, kv_heads: int, head_dim: int, context: int, rounded: bool = True) -> Case:
+        """Of queries that stand in QKV's rows; `rounded` to E4M3 for an output projection in it."""
         positions = torch.arange(context - self.tokens, context, device=self.device)
+        inverse = self.ones(1) if rounded else None
 
         def make() -> Call:
-            q = self.bf16(self.tokens, q_heads, head_dim)
+            q = self.bf16(self.tokens, q_heads + 2 * kv_heads, head_dim)[:, :q_heads]
             k, v = self.e4m3(context, kv_heads, head_dim), self.e4m3(context, kv_heads, head_dim)
-            return lambda: OPS.attention_decode(q, k, v, positions, 1.0, 1.0, 0)
+            return lambda: OPS.attention_decode(q, k, v, positions, 0.01, 1.0, 0, inverse)
 
         shape = f"{q_heads} heads, {context} positions"
         return Case("attention_decode", shape, 2 * context * kv_heads * head_dim, make)
 
-    def verify(self, vocab: int) -> Case:
-        draft = torch.zeros(self.tokens - 1, dtype=torch.int64, device=self.device)
+    def verify(self, vocab: int, drafts: int | None = None) -> Case:
+        """Greedy, of every token but the last, or of none: then it chooses a draft's token."""
+        draft = torch.zeros(self.tokens - 1 if drafts is None else drafts, dtype=torch.int64, device=self.device)
 
         def make() -> Call:
-            logits = self.bf16(self.tokens, vocab)
+            logits = self.bf16(len(draft) + 1, vocab)
             return lambda: OPS.verify_greedy(logits, draft)
 
-        return Case("verify", f"{self.tokens - 1} drafts of {vocab}", 2 * self.tokens * vocab, make)
+        return Case("verify", f"{len(draft)} drafts of {vocab}", 2 * (len(draft) + 1) * vocab, make)
 
 
 def cases(tokens: int, device: torch.device, shrink: int = 1, maker: type[Maker] = Maker) -> list[Case]:
@@ -256,6 +298,7 @@ def cases(tokens: int, device: torch.device, shrink: int = 1, maker: type[Maker]
         make.qkv(5, 1, 128 // shrink, hidden, position=1000 // shrink),
         make.fc13(2048 // shrink, hidden),
         make.fc13(1024 // shrink, hidden),
+        make.fc13_bf16(4096 // shrink, hidden),
         make.router(experts, hidden),
         make.moe(experts, hidden, 1024 // shrink),
         make.norm(hidden),
@@ -265,12 +308,8 @@ def cases(tokens: int, device: torch.device, shrink: int = 1, maker: type[Maker]
     ]
 
 
-def _linear(w: torch.Tensor, x: torch.Tensor) -> Call:
-    return lambda: torch.nn.functional.linear(x, w)
-
-
-def _scaled_mm(w: torch.Tensor, x: torch.Tensor, one: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _scaled_mm(x: torch.Tensor, one: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     """torch's FP8 GEMM wants 16 rows: what is missing is zero."""
     rows = torch.zeros((16, x.shape[1]), dtype=torch.uint8, device=x.device).view(x.dtype)
     rows.view(torch.uint8)[: len(x)] = x.view(torch.uint8)
-    return lambda: torch._scaled_mm(rows, w.T, scale_a=one[0], scale_b=one[0], out_dtype=torch.bfloat16)[: len(x)]
+    return lambda w: torch._scaled_mm(rows, w.T, scale_a=one[0], scale_b=one[0], out_dtype=torch.bfloat16)[: len(x)]

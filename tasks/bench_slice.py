@@ -63,7 +63,9 @@ def program(
         raise InputError("the slice is Llama 4's: top-1 experts beside a shared one", "model.source", "see docs/ops.md")
     rank = _Rank(shape, draft, tensor_parallel, context)
     verify = rank.verify(Maker(draft_tokens + 1, device))
-    return verify + [step for index in range(draft_tokens) for step in rank.draft_step(Maker(1, device), index == 0)]
+    # The first draft step also brings the head up to date with every verified token.
+    rows = [draft_tokens + 1, *[1] * (draft_tokens - 1)] if draft_tokens else []
+    return verify + [step for n, m in enumerate(rows) for step in rank.draft_step(Maker(m, device), n == 0)]
 
 
 @dataclass(frozen=True)
@@ -85,29 +87,30 @@ class _Rank:
         return [*steps, head, _step("accept", make.verify(s.vocab // split))]
 
     def draft_step(self, make: Maker, first: bool) -> list[Step]:
-        """An EAGLE-3 layer in BF16; the first step also merges three captured states."""
+        """An EAGLE-3 layer in BF16 over an E4M3 cache; the first step also merges three captured states."""
         s, d, split = self.shape, self.draft, self.split
         heads, kv_heads = s.q_heads // split, max(1, s.kv_heads // split)
-        merge = [self._gemm_bf16("draft_fc", make, s.hidden // split, 3 * s.hidden)] if first else []
+        context, head_dim = self.context, s.head_dim
+        norm = _step("draft_norms", make.norm(s.hidden))
         return [
-            *merge,
-            _step("draft_norms", make.norm(s.hidden)),
-            self._gemm_bf16("draft_qkv", make, (heads + 2 * kv_heads) * s.head_dim, 2 * s.hidden),
-            _step("draft_attention", make.attention(heads, kv_heads, s.head_dim, self.context)),
-            self._gemm_bf16("draft_o", make, s.hidden, heads * s.head_dim),
-            _step("draft_norms", make.norm(s.hidden)),
-            self._gemm_bf16("draft_mlp", make, 2 * d.ffn // split, s.hidden),
+            *([self._gemm_bf16("draft_fc", make, s.hidden // split, 3 * s.hidden)] if first else []),
+            *(norm, norm),  # of the embedding and of the state
+            _step("draft_qkv", make.draft_qkv(heads, kv_heads, head_dim, s.hidden, context)),
+            _step("draft_attention", make.attention(heads, kv_heads, head_dim, context, rounded=False)),
+            self._gemm_bf16("draft_o", make, s.hidden, heads * head_dim),
+            norm,
+            _step("draft_mlp", make.fc13_bf16(d.ffn // split, s.hidden)),
             self._gemm_bf16("draft_mlp", make, s.hidden, d.ffn // split),
+            norm,
             self._gemm_bf16("draft_lm_head", make, d.vocab // split, s.hidden),
+            _step("draft_choice", make.verify(d.vocab // split, drafts=0)),
         ]
 
     def _attention(self, make: Maker) -> list[Step]:
         s, heads, kv_heads = self.shape, self.shape.q_heads // self.split, max(1, self.shape.kv_heads // self.split)
         return [
             _step("qkv", make.qkv(heads, kv_heads, s.head_dim, s.hidden, self.context)),
-            _kv_write(make, kv_heads, s.head_dim, self.context),
             _step("attention", make.attention(heads, kv_heads, s.head_dim, self.context)),
-            _quantize("o_quantize", make, heads * s.head_dim),
             _step("o", make.gemm(s.hidden, heads * s.head_dim)),
             self._norm(make),
         ]
@@ -130,21 +133,3 @@ class _Rank:
 
 def _step(operator: str, case: Case) -> Step:
     return Step(operator, case.bytes, case.make())
-
-
-def _kv_write(make: Maker, kv_heads: int, head_dim: int, context: int) -> Step:
-    """Keys and values to E4M3 and into the cache: torch's kernels, not yet part of the QKV op on the GPU."""
-    cache = make.e4m3(2, context + make.tokens, kv_heads, head_dim).view(torch.uint8)
-    fresh = make.bf16(2, make.tokens, kv_heads, head_dim)
-    places = torch.arange(context, context + make.tokens, device=make.device)
-
-    def write() -> None:
-        cache.index_copy_(1, places, fresh.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8))
-
-    return Step("kv_write", 0, write)
-
-
-def _quantize(operator: str, make: Maker, width: int) -> Step:
-    """Attention's BF16 to E4M3 for the output projection: torch's kernels, not yet part of the attention op."""
-    x = make.bf16(make.tokens, width)
-    return Step(operator, 0, lambda: x.clamp(-448, 448).to(torch.float8_e4m3fn))
