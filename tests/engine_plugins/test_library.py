@@ -16,7 +16,7 @@ from torch.library import opcheck
 from engine_plugins.ops import library
 from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm, allreduce_rmsnorm_of_group
 from specs.errors import InputError
-from tests.engine_plugins.formats import E4M3, codes, normal, uniform
+from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal, uniform
 
 DRAFT = torch.tensor([1, 2])
 
@@ -51,6 +51,32 @@ def test_an_operator_keeps_torch_s_contract(op: str) -> None:
     eight_bit = any(isinstance(a, torch.Tensor) and a.dtype == E4M3 for a in given)  # torch cannot compare those
     tests = ("test_faketensor",) if eight_bit else ("test_schema", "test_faketensor")
     opcheck(getattr(torch.ops.kilotok, op).default, given, test_utils=tests)
+
+
+def on_gpu(op: str) -> list[torch.Tensor]:
+    """What the op gives for small arguments on the GPU, and after a replay of its captured graph."""
+    given = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments()[op]]
+    call = getattr(torch.ops.kilotok, op)
+    call(*given)  # compiles what must be compiled
+    if op == "allreduce_rmsnorm":
+        given[4] = torch.zeros_like(given[4])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call(*given)
+    graph.replay()
+    torch.cuda.synchronize()
+    return [t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("op", arguments())
+def test_a_captured_operator_is_its_reference(op: str) -> None:
+    result = getattr(torch.ops.kilotok, op)(*arguments()[op])
+    for got, expected in zip(on_gpu(op), result if isinstance(result, tuple) else (result,), strict=True):
+        if got.is_floating_point():
+            assert_within_one_step(got, expected.double(), 1e-4 * expected.double().abs().max())
+        else:
+            assert torch.equal(got, expected)
 
 
 def test_what_really_ran_is_counted() -> None:
