@@ -1,7 +1,7 @@
-"""What runs under the engine: the compiled step, or the reference when there is no compiler.
+"""What runs under the engine: the compiled step, the GPU's graphs, or the reference when there is no compiler.
 
-What it is: the five calls both share, and the choice between them.
-What it refuses to be: a plugin system; there are two.
+What it is: the calls they share, and the choice between them.
+What it refuses to be: a plugin system; there are three.
 Run it: `python -m pytest tests/engine_plugins/test_engine.py`.
 """
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from engine_plugins.native.bundle import Bundle
+from specs.errors import InputError
 
+DEVICES = ("cpu", "cuda", "cuda-reference")  # the last: the GPU's program on the CPU references of its ops, for tests
 Prefill = tuple[int, int, Sequence[int]]  # slot, first position, tokens: the rows' own and the one after them
 Result = tuple[list[int], int]  # new tokens, how many drafts had been proposed
 
@@ -46,6 +49,15 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def serving_device(bundle: Path) -> str:
+    """cuda for a bundle with kernels for a GPU, where there is one; else cpu."""
+    if not (bundle / "plugins" / "gpu.json").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def open_backend(
     bundle: Bundle,
     *,
@@ -56,8 +68,21 @@ def open_backend(
     isa: str | None,
     row_budget: int,
     fused: bool,
+    device: str,
 ) -> Backend:
-    """The compiled backend when the bundle has one."""
+    """The GPU's when asked for; else the compiled backend when the bundle has one."""
+    if device not in DEVICES:
+        raise InputError(f"device {device!r}", "engine", f"one of {', '.join(DEVICES)}")
+    if device != "cpu":
+        from engine_plugins.native.gpu_backend import GpuBackend
+
+        return GpuBackend(
+            bundle,
+            draft_tokens=draft_tokens,
+            prefill_rows=prefill_rows,
+            forced_acceptance=forced_acceptance,
+            device=device,
+        )
     if bundle.library is None:
         from engine_plugins.native.reference_backend import ReferenceBackend
 

@@ -93,7 +93,8 @@ class Request:
 
 class Engine:
     """One bundle, ready to generate. With many running slots fewer tokens are drafted (slots * (1 + drafts) <=
-    row_budget). `fused=False` runs the target's operators one by one (cpp/unfused.h), for comparison.
+    row_budget). `fused=False` runs the target's operators one by one (cpp/unfused.h), for comparison. `device="cuda"`
+    runs on a GPU, which knows neither `threads`, `isa`, `row_budget` nor `fused`.
     `submit` and `cancel` may be called from any thread; `step` from one at a time."""
 
     PREFILL_CHUNK = 128
@@ -109,6 +110,7 @@ class Engine:
         isa: str | None = None,
         row_budget: int = 16,
         fused: bool = True,
+        device: str = "cpu",
     ) -> None:
         self.bundle = load_bundle(Path(bundle_path), verify=verify_digests)
         self.config = self.bundle.config
@@ -125,6 +127,7 @@ class Engine:
             isa=isa,
             row_budget=row_budget,
             fused=fused,
+            device=device,
         )
         self.tokenizer = ChatTokenizer(self.bundle.path)
         self.max_seq_len = self.bundle.max_seq_len

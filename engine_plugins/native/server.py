@@ -304,6 +304,7 @@ def serve(state: EngineServer, *, host: str, port: int, control: Path | None = N
 
 def load_native(args: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
     """The engine of this package; imported here so that `--help` and the tests' toy need no compiler."""
+    from engine_plugins.native.backend import serving_device
     from engine_plugins.native.engine import Engine, SamplingParams
 
     engine = Engine(
@@ -312,7 +313,9 @@ def load_native(args: argparse.Namespace) -> tuple[Any, Callable[..., Any]]:
         speculate=not args.no_speculation,
         forced_acceptance=args.forced_acceptance,
         fused=not args.no_fusion,
+        device=args.device or serving_device(args.bundle),
     )
+    log.info("the engine runs on %s", engine.counters()["backend"])
     return engine, SamplingParams
 
 
@@ -335,6 +338,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="accept drafts at this many tokens a cycle, right or wrong: for timing the engine, never for answers",
     )
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda for a bundle with kernels for a GPU that is here"
+    )
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for a slot")
     parser.add_argument("--control", type=Path, default=None, metavar="PATH", help="control socket for the deployer")
     return parser

@@ -47,14 +47,12 @@ def _ops(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 
 
 def _engine(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
-    if device == "cuda":
-        raise InputError(
-            "the native engine runs on the CPU", "--device cuda", "kilotok bench slice measures a GPU's cycle"
-        )
     from engine_plugins.native.bench import bench_engine
 
     bundle = _bundle(arguments)
-    return [bench_engine(bundle, users=users, acceptance=arguments.acceptance) for users in arguments.users]
+    return [
+        bench_engine(bundle, users=users, acceptance=arguments.acceptance, device=device) for users in arguments.users
+    ]
 
 
 def _slice(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:

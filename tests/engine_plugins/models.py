@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,
@@ -152,3 +152,25 @@ def save_draft(
 def tokens(count: int, seed: int = 0, vocab: int = 512) -> list[int]:
     """Random token ids, none of them special."""
     return np.random.default_rng(seed).integers(3, vocab, count).tolist()
+
+
+def save_fp8(source: Path, out: Path) -> Path:
+    """A BF16 checkpoint in modelopt's FP8 layout, KV included, by a plain rule: weights by their largest value, one
+    input scale for all. Where modelopt is not installed it gives the engines something to agree on."""
+    import shutil
+
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {}
+    for name, value in load_file(source / "model.safetensors").items():
+        if "_proj" not in name:
+            tensors[name] = value
+            continue
+        stem, dot = (name.removesuffix(".weight"), ".") if name.endswith(".weight") else (name, "_")
+        scale = value.float().abs().max() / 448
+        tensors[name] = (value.float() / scale).to(torch.float8_e4m3fn)
+        tensors[f"{stem}{dot}weight_scale"] = scale
+        tensors[f"{stem}{dot}input_scale"] = torch.tensor(0.015)
+        if stem.endswith(("k_proj", "v_proj")):
+            tensors[f"{stem}.{stem[-6]}_scale"] = torch.tensor(0.02)
+    save_file(tensors, out / "model.safetensors")
+    return out

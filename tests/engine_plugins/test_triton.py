@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine_plugins.native import gpu_kernels
 from engine_plugins.ops.attention_decode.reference import attention_decode as attention_reference
 from engine_plugins.ops.verify.reference import verify_greedy as greedy_reference
 from engine_plugins.ops.verify.reference import verify_sampling as sampling_reference
 from tests.engine_plugins import devices  # noqa: F401  sets TRITON_INTERPRET before a kernel is imported
 from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal
 
+from engine_plugins.native import gpu_triton  # isort: skip
 from engine_plugins.ops.attention_decode.kernel import attention_decode  # isort: skip
 from engine_plugins.ops.verify.kernel import verify_greedy, verify_sampling  # isort: skip
 
@@ -101,3 +103,29 @@ def test_sampling_is_the_reference_with_the_same_numbers(vocab: int) -> None:
         u = float(np.float32(uniform[min(row + 1, 3)]))
         assert weights[got[-1]] > 0
         assert low - 1e-5 <= u <= border[got[-1]] + 1e-5
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("rope", "eps", "floor_scale"), [(False, 0.0, 0.0), (True, 1e-5, 0.0), (False, 0.0, 4.0)])
+def test_queries_keys_and_values_find_their_places(fp8: bool, rope: bool, eps: float, floor_scale: float) -> None:
+    """Padding goes behind the last position; rows that nothing was written to keep what they had."""
+    heads, kv_heads, dim = 6, 2, 32
+    qkv = normal(3, (heads + 2 * kv_heads) * dim, seed=1).bfloat16() * 300
+    table = torch.stack((normal(20, dim // 2, seed=2).cos(), normal(20, dim // 2, seed=2).sin()), dim=-1).contiguous()
+    how = gpu_kernels.Positioning(table if rope else None, eps, floor_scale, 0.1)
+    position, write = torch.tensor([7, 8, 8]), torch.tensor([7, 8, 21])
+    results = []
+    for place in (gpu_kernels.place_qkv, gpu_triton.place_qkv):
+        k, v = (torch.full((28, kv_heads, dim), 3.0, dtype=E4M3 if fp8 else torch.bfloat16) for _ in range(2))
+        results.append((place(qkv, k, v, position, write, (1.7, 0.6), how), k, v))
+    for expected, actual in zip(*results, strict=True):
+        assert_within_one_step(actual, expected.float())
+
+
+def test_rounding_and_swiglu_between_ops() -> None:
+    x, inv_scale = normal(3, 2 * 1100, seed=4).bfloat16() * 400, torch.tensor([0.9])
+    assert_within_one_step(gpu_triton.to_e4m3_rows(x, inv_scale), x.float() * 0.9)
+    gate, up = (x.float() / 100).bfloat16().float().chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert_within_one_step(gpu_triton.silu_mul((x.float() / 100).bfloat16()), expected)
+    assert_within_one_step(gpu_kernels.silu_mul((x.float() / 100).bfloat16()), expected)

@@ -28,7 +28,6 @@ def test_a_table_keeps_every_column_of_every_row() -> None:
         (["ops", "--device", "cuda"], "no CUDA device"),
         (["slice"], "no CUDA device"),
         (["slice", "--device", "cpu"], "measured on a GPU"),
-        (["engine", "--device", "cuda"], "bench slice"),
     ],
 )
 def test_without_a_gpu_nothing_is_made_up(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

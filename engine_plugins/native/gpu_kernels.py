@@ -1,0 +1,86 @@
+"""What stands between two fused ops on the GPU: queries, keys and values to their places, roundings, SwiGLU in BF16.
+
+What it is: three element-wise functions, each one Triton kernel on a GPU (in torch it would be ten) and plain torch on
+the CPU, which is their reference.
+What it refuses to be: an op of its own; nothing here reads a weight.
+Run it: `python -m pytest tests/engine_plugins/test_gpu_backend.py`.
+Legend: M rows, N outputs, H query heads, G kv heads, D head size, P = D/2 pairs, S positions, F intermediate.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine_plugins.ops.formats import E4M3_MAX
+from engine_plugins.ops.qkv_attn_scaling.reference import attention_temperature, l2_norm, rotate
+
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Positioning:
+    """What is still to be done to a row's heads: nothing by default, when the GEMM's epilogue has done it."""
+
+    cos_sin_SP2: Tensor | None = None  # rotate queries and keys
+    norm_eps: float = 0.0  # above 0: normalize queries and keys after that
+    floor_scale: float = 0.0  # above 0: scale queries by their position
+    attn_scale: float = 0.0
+
+
+DONE = Positioning()
+
+
+def _triton() -> Any:
+    return importlib.import_module("engine_plugins.native.gpu_triton")
+
+
+def to_e4m3(x: Tensor, inv_scale: Tensor | float) -> Tensor:
+    """E4M3 of x times `inv_scale` (a tensor holds one number), saturating."""
+    if x.is_cuda:
+        return _triton().to_e4m3_rows(x, inv_scale)
+    return (x.float() * inv_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def silu_mul(gate_up_M2F: Tensor) -> Tensor:
+    """BF16 silu(gate) * up from one row [gate | up]."""
+    if gate_up_M2F.is_cuda:
+        return _triton().silu_mul(gate_up_M2F)
+    gate, up = gate_up_M2F.float().chunk(2, dim=1)
+    return (F.silu(gate) * up).bfloat16()
+
+
+def place_qkv(
+    qkv_MN: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    position_M: Tensor,
+    write_M: Tensor,
+    inv_scales: tuple[float, float],
+    how: Positioning = DONE,
+) -> Tensor:
+    """Rows [q | k | v] -> BF16 queries [M, H, D]; keys and values to rows `write_M` of the caches, in their format."""
+    if qkv_MN.is_cuda:
+        return _triton().place_qkv(qkv_MN, k_SGD, v_SGD, position_M, write_M, inv_scales, how)
+    kv_heads, head_dim = k_SGD.shape[1:]
+    heads_MHD = qkv_MN.float().unflatten(1, (-1, head_dim))
+    turned, values = heads_MHD[:, :-kv_heads], heads_MHD[:, -kv_heads:]
+    if how.cos_sin_SP2 is not None:
+        cos, sin = how.cos_sin_SP2[position_M][:, None].unbind(-1)
+        turned = rotate(turned, cos, sin, interleaved=True)
+    if how.norm_eps > 0:
+        turned = l2_norm(turned, how.norm_eps)
+    queries, keys = turned[:, :-kv_heads], turned[:, -kv_heads:]
+    if how.floor_scale > 0:
+        queries = queries * attention_temperature(position_M, how.floor_scale, how.attn_scale)[:, None, None]
+    for cache, rows, inv_scale in ((k_SGD, keys, inv_scales[0]), (v_SGD, values, inv_scales[1])):
+        if cache.dtype == E4M3:
+            cache.view(torch.uint8).index_copy_(0, write_M, to_e4m3(rows, inv_scale).view(torch.uint8))
+        else:
+            cache.index_copy_(0, write_M, rows.bfloat16())
+    return queries.bfloat16().contiguous()
