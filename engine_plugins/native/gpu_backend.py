@@ -22,8 +22,9 @@ from torch import Tensor
 
 from engine_plugins.native.backend import Prefill, Result
 from engine_plugins.native.bundle import Bundle
+from engine_plugins.native.gpu_kernels import plan_rows, settle
 from engine_plugins.native.gpu_model import ROWS, Cache, Draft, Rows, Target
-from engine_plugins.native.gpu_sampling import GuessBoard, finite, target_probabilities
+from engine_plugins.native.gpu_sampling import GuessBoard, target_probabilities
 from engine_plugins.ops import library
 from specs.errors import InputError
 
@@ -148,44 +149,25 @@ class GpuBackend:
             self.draft.keys(hidden, Rows(next_token, position, write), self._draft_caches[slot])
 
     def _decode(self, slot: int, mode: str) -> None:
-        state, row, k, last_position = self._state[slot], self._row, self._k, self._bundle.max_seq_len - 1
-        position, num_drafts, tokens = state[:1], state[1:2], state[2:]
-        source = torch.minimum(row, num_drafts)  # rows without a draft repeat the last one, and write to scratch
-        where = position + source
-        scratch = row + (last_position + 1)
-        rows = Rows(tokens[source], where, torch.where(row <= num_drafts, where, scratch))
-        hidden, features = self.target.forward(rows, self._caches[slot])
+        state, size = self._state[slot], self._bundle.max_seq_len
+        num_drafts, drafts = state[1:2], state[3:]
+        hidden, features = self.target.forward(Rows(*plan_rows(state, size)), self._caches[slot])
         logits = self.target.logits(hidden)
-        chosen, count = self._verify(slot, mode, logits, tokens[1:], num_drafts)
-        count = count.long() * finite(logits)
-        self._result[slot].copy_(torch.cat((count, chosen)))
-        after, last = position + count, (count - 1).clamp(min=0)
-        if not k or self.draft is None or features is None:
-            state.copy_(torch.cat((after, num_drafts, chosen[last], tokens[1:])))
+        chosen, count = self._verify(slot, mode, logits, drafts, num_drafts)
+        s = settle(logits, chosen, count, state, self._result[slot], size)
+        if not self._k or self.draft is None or features is None:
             return
-        place, room = (position + row).clamp(max=last_position), (last_position - after).clamp(0, k)
-        next_token = chosen.clamp(0, self._bundle.config.vocab_size - 1)
-        caught_up = Rows(next_token, place, torch.where(row < count, place, scratch))
-        drafts = self._draft_again(slot, mode, features, caught_up, last, after, room)
-        state.copy_(torch.cat((after, room, chosen[last], *drafts)))
-
-    def _draft_again(
-        self, slot: int, mode: str, features: Tensor, caught_up: Rows, last: Tensor, after: Tensor, room: Tensor
-    ) -> list[Tensor]:
-        """k drafts [1] each, `room` of them meant: the accepted rows' keys and values, then a chain from `last`."""
-        assert self.draft is not None
-        cache, scratch, drafts = self._draft_caches[slot], self._bundle.max_seq_len, list[Tensor]()
-        hidden = self.draft.combine(features)
-        q = self.draft.keys(hidden, caught_up, cache)[last]
-        hidden, at = hidden[last], caught_up.position[last]
-        for step in range(self._k):
+        cache, draft = self._draft_caches[slot], self.draft
+        hidden, at = draft.combine(features), s.position.index_select(0, s.last)
+        q = draft.keys(hidden, Rows(s.next_token, s.position, s.write), cache).index_select(0, s.last)
+        hidden = hidden.index_select(0, s.last)
+        for step in range(self._k):  # a chain from the last accepted row
+            this = slice(step, step + 1)
             if step:
-                at = (after + (step - 1)).clamp(max=scratch - 1)
-                write = at.masked_fill(room <= step, scratch + step)
-                q = self.draft.keys(hidden, Rows(drafts[-1], at, write), cache)
-            logits, hidden = self.draft.finish(q, hidden, at, cache)
-            drafts.append(self.draft.to_target[self._guess(slot, mode, logits, step)])
-        return drafts
+                at = s.chain_position[this]
+                q = draft.keys(hidden, Rows(drafts[step - 1 : step], at, s.chain_write[this]), cache)
+            logits, hidden = draft.finish(q, hidden, at, cache)
+            torch.index_select(draft.to_target, 0, self._guess(slot, mode, logits, step), out=drafts[this])
 
     def _verify(
         self, slot: int, mode: str, logits: Tensor, drafts: Tensor, num_drafts: Tensor

@@ -1,6 +1,7 @@
-"""What stands between two fused ops on the GPU: queries, keys and values to their places, roundings, SwiGLU in BF16.
+"""What stands between two fused ops on the GPU: queries, keys and values to their places, roundings, SwiGLU in BF16,
+and what a cycle decides about rows and positions.
 
-What it is: three element-wise functions, each one Triton kernel on a GPU (in torch it would be ten) and plain torch on
+What it is: five small functions, each one Triton kernel on a GPU (in torch it would be ten) and plain torch on
 the CPU, which is their reference.
 What it refuses to be: an op of its own; nothing here reads a weight.
 Run it: `python -m pytest tests/engine_plugins/test_gpu_backend.py`.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,17 @@ class Positioning:
 
 
 DONE = Positioning()
+
+
+class Settled(NamedTuple):
+    """What a cycle's draft passes need: int64, [k + 1] each; the catch-up rows first, then chain step i at index i."""
+
+    next_token: Tensor
+    position: Tensor
+    write: Tensor
+    chain_position: Tensor
+    chain_write: Tensor
+    last: Tensor  # [1]: the last accepted row
 
 
 def _triton() -> Any:
@@ -84,3 +96,37 @@ def place_qkv(
         else:
             cache.index_copy_(0, write_M, rows.bfloat16())
     return queries.bfloat16().contiguous()
+
+
+def plan_rows(state: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, position, write) [k + 1] of a cycle's target rows, from a slot's [position, drafts, last token, drafts].
+
+    A row without a draft repeats the last that has one, and writes to scratch behind the cache.
+    """
+    if state.is_cuda:
+        return _triton().plan_rows(state, max_seq_len)
+    row = torch.arange(len(state) - 2)
+    source = torch.minimum(row, state[1])
+    position = state[0] + source
+    return state[2:][source], position, torch.where(row <= state[1], position, max_seq_len + row)
+
+
+def settle(
+    logits_RV: Tensor, chosen: Tensor, count: Tensor, state: Tensor, result: Tensor, max_seq_len: int
+) -> Settled:
+    """Move a slot on by what was accepted, in place: `state` but its drafts, and `result` [count, chosen ...].
+
+    The count becomes 0 when a row's first logit is NaN or infinite: either in a hidden state reaches every logit.
+    """
+    if state.is_cuda:
+        return _triton().settle(logits_RV, chosen, count, state, result, max_seq_len)
+    row, end = torch.arange(len(chosen)), max_seq_len - 1
+    number = count.long()[0] * (logits_RV[:, 0].abs() <= 3e38).all()
+    after, last = state[0] + number, (number - 1).clamp(min=0)
+    room = (end - after).clamp(0, len(chosen) - 1)
+    position, chain = (state[0] + row).clamp(max=end), (after + row - 1).clamp(max=end)
+    write = torch.where(row < number, position, max_seq_len + row)
+    chain_write = torch.where(row < room, chain, max_seq_len + row)
+    result[0], result[1:] = number, chosen
+    state[:3] = torch.stack((after, room, chosen[last]))
+    return Settled(chosen.clamp(0, logits_RV.shape[1] - 1), position, write, chain, chain_write, last[None])

@@ -18,11 +18,6 @@ ops = torch.ops.kilotok
 SPARE = 16  # columns behind the vocabulary, 16 to keep rows aligned: the target never chooses a token there
 
 
-def finite(logits_MV: Tensor) -> Tensor:
-    """[] bool: no NaN, no infinity. Either in a hidden state reaches every logit of its row."""
-    return (logits_MV[:, 0].abs() <= 3e38).all()
-
-
 def target_probabilities(logits_RV: Tensor, settings_2: Tensor, cut: bool) -> Tensor:
     """fp32 [R, W]: softmax of logits / temperature; `cut` keeps the smallest set that holds top_p."""
     p_RW = torch.softmax(F.pad(logits_RV.float() / settings_2[:1], (0, SPARE), value=float("-inf")), dim=-1)

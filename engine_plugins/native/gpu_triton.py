@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine_plugins.native.gpu_kernels import Positioning
-from engine_plugins.ops.tiles import to_bf16, to_e4m3
+from engine_plugins.native.gpu_kernels import Positioning, Settled
+from engine_plugins.ops.tiles import MAX_TOKENS, to_bf16, to_e4m3
 
 BLOCK = 1024
 
@@ -120,3 +120,60 @@ def place_qkv(
         num_warps=1,
     )
     return q_MHD
+
+
+@triton.jit
+def plan_kernel(state, out, S, K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.arange(0, BLOCK)
+    num_drafts = tl.load(state + 1)
+    source = tl.minimum(row, num_drafts)
+    position = tl.load(state) + source
+    tl.store(out + row, tl.load(state + 2 + source, mask=row <= K, other=0), mask=row <= K)
+    tl.store(out + K + 1 + row, position, mask=row <= K)
+    tl.store(out + 2 * (K + 1) + row, tl.where(row <= num_drafts, position, S + row), mask=row <= K)
+
+
+def plan_rows(state: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, position, write) [k + 1]."""
+    rows = len(state) - 2
+    out = state.new_empty((3, rows))
+    plan_kernel[(1,)](state, out, max_seq_len, K=rows - 1, BLOCK=MAX_TOKENS, num_warps=1)
+    return out[0], out[1], out[2]
+
+
+@triton.jit
+def settle_kernel(logits, chosen, count, state, result, out, V, S, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One warp: the state is read before it is written."""
+    row = tl.arange(0, BLOCK)
+    live = row <= K
+    first = tl.load(logits + row.to(tl.int64) * V, mask=live, other=0.0).to(tl.float32)
+    broken = tl.sum(tl.where(tl.abs(first) <= 3e38, 0, 1), axis=0)
+    number = tl.where(broken > 0, 0, tl.load(count).to(tl.int64))
+    token = tl.load(chosen + row, mask=live, other=-1)
+    before = tl.load(state)
+    after, last = before + number, tl.maximum(number - 1, 0)
+    room = tl.minimum(tl.maximum(S - 1 - after, 0), K)
+    position, chain = tl.minimum(before + row, S - 1), tl.minimum(after + row - 1, S - 1)
+    tl.store(out + row, tl.minimum(tl.maximum(token, 0), V - 1), mask=live)
+    tl.store(out + (K + 1) + row, position, mask=live)
+    tl.store(out + 2 * (K + 1) + row, tl.where(row < number, position, S + row), mask=live)
+    tl.store(out + 3 * (K + 1) + row, chain, mask=live)
+    tl.store(out + 4 * (K + 1) + row, tl.where(row < room, chain, S + row), mask=live)
+    tl.store(out + 5 * (K + 1), last)
+    tl.store(result, number)
+    tl.store(result + 1 + row, token, mask=live)
+    tl.store(state, after)
+    tl.store(state + 1, room)
+    tl.store(state + 2, tl.sum(tl.where(row == last, token, 0), axis=0))
+
+
+def settle(
+    logits_RV: Tensor, chosen: Tensor, count: Tensor, state: Tensor, result: Tensor, max_seq_len: int
+) -> Settled:
+    """Moves `state` and `result` on; what the draft passes need."""
+    rows, V = logits_RV.shape
+    out = state.new_empty(5 * rows + 1)
+    settle_kernel[(1,)](
+        logits_RV, chosen, count, state, result, out, V, max_seq_len, K=rows - 1, BLOCK=MAX_TOKENS, num_warps=1
+    )
+    return Settled(*out.split(rows))

@@ -129,3 +129,22 @@ def test_rounding_and_swiglu_between_ops() -> None:
     expected = torch.nn.functional.silu(gate) * up
     assert_within_one_step(gpu_triton.silu_mul((x.float() / 100).bfloat16()), expected)
     assert_within_one_step(gpu_kernels.silu_mul((x.float() / 100).bfloat16()), expected)
+
+
+@pytest.mark.parametrize("accepted", [1, 3, 4])
+@pytest.mark.parametrize(("position", "num_drafts"), [(0, 0), (40, 3), (60, 3), (61, 2), (63, 0)])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_cycle_s_rows_and_its_end(accepted: int, position: int, num_drafts: int, broken: bool) -> None:
+    """Up to the last of 64 positions; with NaN the count is 0."""
+    count = min(accepted, num_drafts + 1)
+    chosen = torch.tensor([5, 6, 7, 8]).masked_fill(torch.arange(4) >= count, -1)
+    logits = normal(4, 9).bfloat16()
+    logits[2] = float("nan") if broken else 1.0
+    seen = []
+    for how in (gpu_kernels, gpu_triton):
+        state, result = torch.tensor([position, num_drafts, 5, 6, 7, 8]), torch.zeros(5, dtype=torch.int64)
+        rows = how.plan_rows(state, 64)
+        settled = how.settle(logits, chosen, torch.tensor([count], dtype=torch.int32), state, result, 64)
+        seen.append([t.tolist() for t in (*rows, *settled, state, result)])
+    assert seen[0] == seen[1]
+    assert seen[0][-1][0] == (0 if broken else count)
