@@ -161,7 +161,8 @@ class Engine(Section):
     )
     gpu_architecture: Literal["sm_90a", "sm_100a"] | None = Field(
         None,
-        description="GPU the fused ops are compiled for, Hopper or Blackwell; null compiles them for the CPU only.",
+        description="GPU the fused ops are compiled for, Hopper or Blackwell; null compiles them for the CPU only. The "
+        "native engine serves from such a GPU where it finds one, else from the CPU.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,

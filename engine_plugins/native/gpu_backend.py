@@ -78,6 +78,7 @@ class GpuBackend:
         self, bundle: Bundle, *, draft_tokens: int, prefill_rows: int, forced_acceptance: float | None, device: str
     ) -> None:
         self._device = open_device(bundle, draft_tokens, device)
+        self._on_gpu = self._device.type == "cuda"
         self._bundle, self._k, self._forced = bundle, draft_tokens, forced_acceptance or 0.0
         self._served = library.served.copy()
         self.target = Target(bundle, self._device)
@@ -89,7 +90,7 @@ class GpuBackend:
         self._graphs: dict[tuple[int, str], Any] = {}
         self._counters = {"cycles": 0, "decode_rows": 0, "prefill_rows": 0, "proposed_cycles": 0, "seconds": 0.0}
         self._accepted, self._device_seconds = [0] * draft_tokens, 0.0
-        if self._device.type == "cuda":
+        if self._on_gpu:
             self._pool = torch.cuda.graph_pool_handle()
             self._began, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for slot in range(bundle.max_batch_size):  # now, so that no request waits for a capture
@@ -120,10 +121,10 @@ class GpuBackend:
 
     def _make_state(self, prefill_rows: int) -> None:
         """Per slot [position, number of drafts, last token, drafts], what a cycle is given, and what it gives back."""
-        slots, k, on_gpu = self._bundle.max_batch_size, self._k, self._device.type == "cuda"
+        slots, k = self._bundle.max_batch_size, self._k
 
         def both(*shape: int, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
-            host = torch.zeros(shape, dtype=dtype, pin_memory=on_gpu)
+            host = torch.zeros(shape, dtype=dtype, pin_memory=self._on_gpu)
             return torch.zeros(shape, dtype=dtype, device=self._device), host
 
         self._state, self._state_host = both(slots, k + 3)
@@ -202,7 +203,7 @@ class GpuBackend:
         def content() -> None:
             self._prefill(slot) if what == "prefill" else self._decode(slot, what)
 
-        if self._device.type != "cuda":
+        if not self._on_gpu:
             content()
             return
         if (slot, what) not in self._graphs:
@@ -228,15 +229,14 @@ class GpuBackend:
     # ---- the engine's calls
     def cycle(self, prefills: Sequence[Prefill], decode_slots: Sequence[int]) -> list[Result]:
         started = time.perf_counter()
-        on_gpu = self._device.type == "cuda"
-        if on_gpu:
+        if self._on_gpu:
             self._began.record()
         self._prefill_all(prefills)
         for slot in decode_slots:
             self._give(slot)
             self._run(slot, self._slots[slot].mode)
         self._result_host.copy_(self._result, non_blocking=True)
-        if on_gpu:
+        if self._on_gpu:
             self._ended.record()
             self._ended.synchronize()  # the one wait
             self._device_seconds += self._began.elapsed_time(self._ended) * 1e-3
@@ -326,7 +326,7 @@ class GpuBackend:
 
     def counters(self) -> dict[str, Any]:
         """`served` counts calls by op and implementation; a captured call counts once, however often it is replayed."""
-        on_gpu = self._device.type == "cuda"
+        on_gpu = self._on_gpu
         cycles, seconds = max(1, self._counters["cycles"]), self._counters["seconds"]
         served: dict[str, dict[str, int]] = {}
         for (op, implementation), calls in (library.served - self._served).items():
@@ -348,5 +348,5 @@ class GpuBackend:
     def close(self) -> None:
         self._graphs.clear()
         self._boards.clear()
-        if self._device.type == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize()

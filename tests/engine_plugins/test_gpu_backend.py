@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine_plugins.native.backend import serving_device
 from engine_plugins.native.bundle import build_bundle
 from engine_plugins.native.engine import Engine, SamplingParams
 from engine_plugins.native.gpu_sampling import SPARE, GuessBoard, target_probabilities
@@ -194,7 +195,7 @@ def test_the_first_token_follows_the_target_however_many_drafts_there_are(device
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
-def test_probabilities_are_the_reference_s(device: str, top_p: float) -> None:
+def test_probabilities_are_numpy_s(device: str, top_p: float) -> None:
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).bfloat16() * 3
     settings = torch.tensor([0.6, top_p])
     where = "cuda" if device == "cuda" else "cpu"
@@ -228,6 +229,15 @@ def test_what_ran_is_said(bundle_of: Callable[[str], Path], device: str, open_en
     allowed = {"cuda", "triton"} if device == "cuda" else {"reference"}
     assert {by for op in counters["served"].values() for by in op} <= allowed
     assert counters["cycles"] > 5 and counters["seconds"] > 0 and counters["decode_rows"] > 24
+
+
+def test_a_server_takes_the_gpu_that_its_bundle_has_kernels_for(
+    bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert serving_device(bundle_of("tiny")) == "cpu"
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "gpu.json").write_text("{}")
+    assert serving_device(tmp_path) == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_wrong_input_is_one_line(models: Path, bundle_of: Callable[[str], Path], tmp_path: Path) -> None:
