@@ -72,6 +72,11 @@ class Emulated(CudaLibrary):
         self.made_by_the_kernel_before(scratch)
         return scratch
 
+    def _routing(self, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        routing = super()._routing(like, tokens)
+        self.made_before(routing)
+        return routing
+
     def together(self, on: bool) -> None:
         self._lib.kt_emulate_together(int(on))
 

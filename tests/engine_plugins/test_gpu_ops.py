@@ -106,7 +106,8 @@ def test_qkv(gpu: Gpu, m: int, rope: bool) -> None:
     angle = torch.arange(131072).float()[:, None] * inv_freq
     table = torch.stack((angle.cos(), angle.sin()), dim=-1).contiguous() if rope else None
     gpu.made_before(w)
-    gpu.made_by_the_kernel_before(x, position)
+    gpu.made_before(position)
+    gpu.made_by_the_kernel_before(x)
     y = gpu.qkv_attn_scaling(x, w, scale * in_scale, position, table, q_rows, k_rows, dim, 0.0 if rope else 8192.0, 0.1)
     parts = [Linear(part, in_scale) for part in (w.float() * scale[:, None]).split((q_rows, k_rows, k_rows))]
     expected = qkv_attn_scaling(
@@ -132,7 +133,8 @@ def test_qkv_writes_the_cache(gpu: Gpu, bf16: bool) -> None:
     position, scale = torch.tensor([5, 6, 9]), torch.full((1,), 0.01)
     caches = [torch.full((12, 1, dim), 0x55, dtype=torch.uint8).view(E4M3) for _ in range(2)]
     gpu.made_before(w)
-    gpu.made_by_the_kernel_before(x, position)
+    gpu.made_before(position)
+    gpu.made_by_the_kernel_before(x)
     y = gpu.qkv_attn_scaling(x, w, scale, position, None, dim, dim, dim, 0.0, 0.1, *caches, *inverse)
     expected = x.double() @ w.double().T * 0.01
     assert_within_one_step(y, expected, 1e-6 * expected.abs().max())
@@ -164,7 +166,9 @@ def test_attention(gpu: Gpu, positions: list[int], chunk: int, group: int, kv_he
     for cache in (k, v):
         cache.view(torch.uint8)[max(positions) + 1 :] = 0x7F
         cache.view(torch.uint8)[:first] = 0x7F
-    gpu.made_by_the_kernel_before(rows, position, k, v)
+    fresh = [cache[p : p + 1] for cache in (k, v) for p in positions]
+    gpu.made_before(position, k, v)
+    gpu.made_by_the_kernel_before(rows, *fresh)
     y = gpu.attention_decode(q, k, v, position, k_scale, v_scale, chunk)
     assert_within_one_step(y, expected, 2e-3 * v_scale * 4)
     y8 = gpu.attention_decode(q, k, v, position, k_scale, v_scale, chunk, torch.tensor([50.0]))
@@ -174,7 +178,8 @@ def test_attention(gpu: Gpu, positions: list[int], chunk: int, group: int, kv_he
 def test_attention_survives_scores_that_overflow_exp(gpu: Gpu) -> None:
     q, k = torch.full((2, 1, 128), 100.0).bfloat16(), torch.full((8, 1, 128), 448.0).to(E4M3)
     v, position = codes(8, 1, 128, high=2.0), torch.tensor([6, 7])
-    gpu.made_by_the_kernel_before(q, k, v, position)
+    gpu.made_before(position)
+    gpu.made_by_the_kernel_before(q, k, v)
     y = gpu.attention_decode(q, k, v, position, 1.0, 1.0, 0)
     assert_within_one_step(y[1, 0], v.float()[:, 0].mean(0), 2e-3)
 

@@ -25,7 +25,7 @@ struct Norm {
   const float* weight_H;
   uint16_t *y_MH, *residual_out_MH;
   uint8_t* y8_MH;                 // null: no E4M3 output
-  const float* inv_out_scale;
+  const float* inv_out_scale;     // there before the kernel before ends
   int hidden;
   float eps;
 };
@@ -53,20 +53,25 @@ KT_INLINE uint4 receive(const uint8_t* cell, uint32_t epoch) {
   return v;
 }
 
+KT_INLINE uint32_t pack_bf16(float a, float b) { return float_to_bf16(a) | (uint32_t)float_to_bf16(b) << 16; }
+KT_INLINE uint4 pack_bf16x8(const float (&v)[kPerThread]) {
+  return uint4{pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7])};
+}
+
 // Grid: one block per token, hidden / 8 threads.
 KT_KERNEL(1024, 1) allreduce_rmsnorm_kernel(Norm a, Exchange e) {
   KT_SHARED(float, squares, kWarp);
-  grid_launch_dependents();
   const int token = blockIdx.x, column = threadIdx.x * kPerThread;
   const bool active = column < a.hidden;
   float weight[kPerThread], value[kPerThread] = {};
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) weight[i] = active ? a.weight_H[column + i] : 0.0f;
+  const float inverse = a.inv_out_scale[0];
   grid_wait();
-  const uint32_t epoch = e.epoch_M[token] + 1;
+  const uint32_t epoch = e.ranks > 1 || threadIdx.x == 0 ? e.epoch_M[token] + 1 : 0;
   const long long at = (long long)token * a.hidden + column;
   if (active) {
-    const uint4 mine = load_activation(a.part_MH + at * 2);
+    const uint4 mine = load_activation(a.part_MH + at * 2), residual = load_activation(a.residual_MH + at * 2);
     for (int hop = 1; hop < e.ranks; ++hop) {
       uint8_t* cell = inbox_cell(e, (e.rank + hop) % e.ranks, epoch, e.rank, token, a.hidden, threadIdx.x);
       store_flagged(cell, mine.x, mine.y, epoch);
@@ -74,7 +79,7 @@ KT_KERNEL(1024, 1) allreduce_rmsnorm_kernel(Norm a, Exchange e) {
     }
     for (int source = 0; source < e.ranks; ++source)
       add_bf16x8(value, source == e.rank ? mine : receive(inbox_cell(e, e.rank, epoch, source, token, a.hidden, threadIdx.x), epoch));
-    add_bf16x8(value, load_activation(a.residual_MH + at * 2));
+    add_bf16x8(value, residual);
   }
   float sum = 0.0f;
 #pragma unroll
@@ -83,20 +88,18 @@ KT_KERNEL(1024, 1) allreduce_rmsnorm_kernel(Norm a, Exchange e) {
   if (threadIdx.x % kWarp == 0) squares[threadIdx.x / kWarp] = sum;
   __syncthreads();
   if (threadIdx.x == 0) e.epoch_M[token] = epoch;
+  const int lane = threadIdx.x % kWarp;
+  const float total = warp_sum(lane < (int)blockDim.x / kWarp ? squares[lane] : 0.0f);
   if (!active) return;
-  float total = 0.0f;
-  for (int warp = 0; warp < (int)blockDim.x / kWarp; ++warp) total += squares[warp];
   const float factor = 1.0f / sqrtf(total / (float)a.hidden + a.eps);
-  float y[kPerThread];
+  *(uint4*)(a.residual_out_MH + at) = pack_bf16x8(value);
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    y[i] = value[i] * factor * weight[i];
-    a.residual_out_MH[at + i] = float_to_bf16(value[i]);
-    a.y_MH[at + i] = float_to_bf16(y[i]);
-    y[i] *= a.inv_out_scale[0];
-  }
+  for (int i = 0; i < kPerThread; ++i) value[i] *= factor * weight[i];
+  *(uint4*)(a.y_MH + at) = pack_bf16x8(value);
   if (!a.y8_MH) return;
-  *(uint2*)(a.y8_MH + at) = uint2{pack_e4m3(y[0], y[1], y[2], y[3]), pack_e4m3(y[4], y[5], y[6], y[7])};
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) value[i] *= inverse;
+  *(uint2*)(a.y8_MH + at) = uint2{pack_e4m3(value[0], value[1], value[2], value[3]), pack_e4m3(value[4], value[5], value[6], value[7])};
 }
 
 }  // namespace kilotok

@@ -26,63 +26,62 @@ static int launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared,
   config.stream = (cudaStream_t)stream;
   config.attrs = attributes;
   config.numAttrs = cluster > 1 ? 2 : 1;
-  constexpr int without_asking = 48 << 10;
-  const cudaError_t refused = shared > without_asking ? cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) : cudaSuccess;
+  // All kernels want the same split of an SM's memory: a change of it would wait until the SM is empty.
+  cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (!refused && shared > 48 << 10) refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   return (int)(refused ? refused : cudaLaunchKernelEx(&config, kernel, Wanted(given)...));
 }
 #endif
 
-// Slices until a warp's share fits its registers; the warps that are left take more tiles, unless SMs would idle.
-static Cut cut_for(int rows, int row_bytes, int batch) {
-  constexpr int num_sms = 132;  // of an H100 or H200; a B200 has 148, which moves no shape here over a threshold
-  Cut cut = {1, kMaxWarps, (row_bytes + kChunkBytes - 1) / kChunkBytes};
-  while (cut.slices < kMaxWarps && (cut.chunks + cut.slices - 1) / cut.slices > batch) cut.slices *= 2, cut.tiles /= 2;
-  while (cut.tiles > 1 && (rows + kTileRows * cut.tiles - 1) / (kTileRows * cut.tiles) < num_sms) cut.tiles /= 2;
+// Warps on a row: as many as it takes to have kWantedWarps on the GPU, if each has kLeastChunks to do; more when a share is long.
+static Cut cut_for(int tiles, int row_bytes) {
+  constexpr int kWantedWarps = 1056, kLeastChunks = 4, kMostChunks = 40;  // eight warps on each of 132 SMs
+  Cut cut = {1, (row_bytes + kChunkBytes - 1) / kChunkBytes};
+  while (cut.slices < kMaxWarps && cut.chunks >= 2 * cut.slices * kLeastChunks &&
+         (tiles * cut.slices < kWantedWarps || cut.chunks > cut.slices * kMostChunks))
+    cut.slices *= 2;
   return cut;
 }
 
 // A kernel on `skinny_gemm`'s plan; `slots` matrices beside each other.
-template <class... Wanted, class... Given>
-static int launch_cut(void (*kernel)(Wanted...), const Cut& cut, int rows, int slots, void* stream, Given... given) {
-  const dim3 grid((rows + kTileRows * cut.tiles - 1) / (kTileRows * cut.tiles), slots);
-  const int warps = cut.slices * cut.tiles;
-  return launch(kernel, grid, kWarp * warps, kWarpShared * warps, 1, stream, given..., cut);
+template <class Finish, class... Wanted, class... Given>
+static int launch_cut(void (*kernel)(Wanted...), int row_bytes, int tokens, int rows, int slots, void* stream, Given... given) {
+  const int tiles = (rows + Finish::kRows - 1) / Finish::kRows;
+  const Cut cut = cut_for(tiles * slots, row_bytes);
+  return launch(kernel, dim3(tiles, slots), kWarp * cut.slices, Ring::bytes(tokens) * cut.slices, 1, stream, given..., cut);
 }
 
 extern "C" {
 
 int kt_gemm_low_latency(int format, const void* x, const void* w, const float* scale, int scale_step, void* y, int tokens, int rows,
                         int row_bytes, void* stream) {
-  const Cut cut = cut_for(rows, row_bytes, tokens > kNarrowTokens ? kBatch / 2 : kBatch);
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const ScaledBf16 finish{{scale, scale_step}, (uint16_t*)y, rows};
   const bool wide = tokens > kNarrowTokens;
   auto kernel = format == kE4m3 ? (wide ? gemm_low_latency_kernel<kE4m3, true> : gemm_low_latency_kernel<kE4m3, false>)
                                 : (wide ? gemm_low_latency_kernel<kBf16, true> : gemm_low_latency_kernel<kBf16, false>);
-  return launch_cut(kernel, cut, rows, 1, stream, w, activations, finish);
+  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, stream, w, activations, finish);
 }
 
 int kt_qkv_attn_scaling(int format, const void* x, const void* w, const float* scale, int scale_step, const int64_t* position_M,
                         const void* cos_sin, void* y, int tokens, int rows, int row_bytes, int q_rows, int k_rows, int head_dim,
                         float floor_scale, float attn_scale, void* k_SGD, void* v_SGD, float inv_k_scale, float inv_v_scale,
                         void* stream) {
-  const Cut cut = cut_for(rows, row_bytes, kBatch);
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const Positioned finish{{{scale, scale_step}, (uint16_t*)y, rows}, position_M, (const float2*)cos_sin, q_rows, k_rows, head_dim,
                           floor_scale, attn_scale, (uint8_t*)k_SGD, (uint8_t*)v_SGD, inv_k_scale, inv_v_scale};
   auto kernel = format == kE4m3 ? qkv_attn_scaling_kernel<kE4m3> : qkv_attn_scaling_kernel<kBf16>;
-  return launch_cut(kernel, cut, rows, 1, stream, w, activations, finish);
+  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, stream, w, activations, finish);
 }
 
 int kt_fc13_swiglu(int format, const void* x, const void* w, const float* scale, int scale_step, const float* inv_out_scale, void* h,
                    int tokens, int width, int row_bytes, void* stream) {
-  const Cut cut = cut_for(width, row_bytes, kBatch);
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const RowScale scales{scale, scale_step};
-  return format == kE4m3 ? launch_cut(fc13_swiglu_kernel<kE4m3>, cut, width, 1, stream, w, activations,
-                                      Gated<kE4m3>{scales, inv_out_scale, (uint8_t*)h, width})
-                         : launch_cut(fc13_swiglu_kernel<kBf16>, cut, width, 1, stream, w, activations,
-                                      Gated<kBf16>{scales, inv_out_scale, (uint8_t*)h, width});
+  return format == kE4m3 ? launch_cut<Gated<kE4m3>>(fc13_swiglu_kernel<kE4m3>, row_bytes, tokens, width, 1, stream, w, activations,
+                                                  Gated<kE4m3>{scales, inv_out_scale, (uint8_t*)h, width})
+                         : launch_cut<Gated<kBf16>>(fc13_swiglu_kernel<kBf16>, row_bytes, tokens, width, 1, stream, w, activations,
+                                                  Gated<kBf16>{scales, inv_out_scale, (uint8_t*)h, width});
 }
 
 int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int experts, int hidden, void* stream) {
@@ -92,9 +91,10 @@ int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int ex
 
 int kt_moe_top1(const Moe* arguments, void* stream) {
   const Moe& a = *arguments;
-  const Cut first = cut_for(a.width, a.hidden, kBatch), second = cut_for(a.hidden, a.width, kMoeBatch);
-  const int failed = launch_cut(moe_fc13_kernel, first, a.width, 1 + a.tokens, stream, a);
-  return failed ? failed : launch_cut(moe_fc2_kernel, second, a.hidden, 1, stream, a);
+  int failed = launch(moe_route_kernel, dim3(a.tokens), kRouteThreads, 0, 1, stream, a);
+  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, 1 + a.tokens, stream, a);
+  if (failed) return failed;
+  return launch_cut<ScaledBf16>(moe_fc2_kernel, a.width, a.tokens, a.hidden, 1, stream, a);
 }
 
 int kt_attention_decode(const Attention* arguments, void* stream) {

@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 #define KT_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define KT_INLINE __device__ __forceinline__
+#define KT_EVERYWHERE __host__ __device__ __forceinline__
 #define KT_SHARED(type, name, count) __shared__ alignas(16) type name[count]
 #define KT_LAUNCH_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #else
@@ -50,7 +51,7 @@ KT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 // Weights are read once: past L1, and in lines that the next warp's load wants too.
 KT_INLINE uint4 load_weight(const void* at) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(at));
   return v;
@@ -63,19 +64,37 @@ KT_INLINE uint4 load_activation(const void* at) {
   return v;
 }
 
-// The same 16 bytes on their way to shared memory, no register held meanwhile; `staged_wait` waits for this thread's own.
-KT_INLINE void stage(uint4* to, const void* at) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(at) : "memory");
+// A place in shared memory, in one register instead of two.
+using SharedAt = uint32_t;
+KT_INLINE SharedAt shared_at(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+KT_INLINE uint4 load_shared(SharedAt at) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+  return v;
 }
-KT_INLINE void staged_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+KT_INLINE void store_shared(SharedAt at, const uint2& v) { asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(v.x), "r"(v.y) : "memory"); }
+
+// 16 bytes on their way there, no register held meanwhile. `stage_wait<N>` waits until all of this thread's have come but those
+// of the last N commits. Weights in lines that the next chunk wants too.
+KT_INLINE void stage(SharedAt to, const void* at) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(at) : "memory"); }
+KT_INLINE void stage_weight(SharedAt to, const void* at) { asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(at) : "memory"); }
+KT_INLINE void stage_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+KT_INLINE void stage_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
 
 // A hint only: what it names may still be written, and is read again after grid_wait.
 KT_INLINE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Programmatic dependent launch. The kernel behind may start as soon as every block has called grid_launch_dependents; it
-// still waits in grid_wait until this grid has finished and its writes are seen, so calling it first is safe.
-KT_INLINE void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-KT_INLINE void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Programmatic dependent launch: waits until the kernel before has finished and its writes are seen, then lets the kernel behind
+// start, once every block has come here or left. What runs before the wait may read what was made two kernels before. Letting
+// the next one start earlier puts a third on the GPU, whose blocks settle where there is room, not evenly: measured, it costs
+// more than its prefetch brings.
+KT_INLINE void grid_wait() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // Four floats to E4M3, saturated at +-448; the first is the lowest byte.
 KT_INLINE uint32_t pack_e4m3(float a, float b, float c, float d) {
@@ -105,20 +124,17 @@ KT_INLINE uint32_t pack_f16(float a, float b) {
 // Byte `index` (0..3) of two words, side by side.
 KT_INLINE uint32_t two_bytes(uint32_t first, uint32_t second, int index) { return __byte_perm(first, second, index | (index + 4) << 4) & 0xFFFFu; }
 
-// Blocks of one cluster: a barrier, and one float of another block's shared memory at this block's address of it.
+// Blocks of one cluster: a barrier in two halves, and a write to another block's shared memory at this block's address of it.
 KT_INLINE int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-KT_INLINE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-KT_INLINE float load_remote(const float* mine, int rank) {
-  float value;
-  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.f32 %0, [there];}"
-               : "=f"(value) : "r"((uint32_t)__cvta_generic_to_shared(mine)), "r"(rank) : "memory");
-  return value;
+KT_INLINE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+KT_INLINE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+KT_INLINE void store_remote(float4* mine, int rank, const float4& v) {
+  asm volatile("{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.v4.f32 [there], {%2, %3, %4, %5};}" ::"r"(shared_at(mine)), "r"(rank),
+               "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
 // d [16 tokens x 8 rows] += a [16 x k] b [k x 8], k = 32 E4M3 or 16 BF16 or F16 values; a fragment word holds 4 (or 2). Lane

@@ -29,7 +29,7 @@ class _Moe(ctypes.Structure):
     _fields_: ClassVar[list[Any]] = [
         *((name, _POINTER) for name in ("x8", "x", "logits", "shared13", "shared2", "routed13", "routed2")),
         *((name, _POINTER) for name in ("shared13_scale", "routed13_scale", "shared2_scale", "routed2_scale")),
-        *((name, _POINTER) for name in ("inv_scale", "shared_h", "routed_h", "y")),
+        *((name, _POINTER) for name in ("inv_scale", "routed_x", "shared_h", "routed_h", "expert", "chosen", "y")),
         *((name, _INT) for name in ("tokens", "hidden", "width", "experts")),
     ]
 
@@ -40,7 +40,7 @@ class _Attention(ctypes.Structure):
     _fields_: ClassVar[list[Any]] = [
         *((name, _POINTER) for name in ("q", "k", "v", "position", "y", "y8", "inv_out_scale")),
         *((name, _FLOAT) for name in ("k_scale", "v_scale")),
-        *((name, _INT) for name in ("tokens", "heads", "kv_heads", "q_stride", "length", "chunk_size")),
+        *((name, _INT) for name in ("tokens", "heads", "kv_heads", "q_stride", "chunk_size")),
     ]
 
 
@@ -80,6 +80,10 @@ class CudaLibrary:
     def _scratch(self, like: torch.Tensor, *shape: int) -> torch.Tensor:
         """What one kernel of an op leaves for the next."""
         return like.new_empty(shape)
+
+    def _routing(self, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Experts by token and distinct ones, int32 [2, M]: the kernel after the next reads them before it waits."""
+        return like.new_empty((2, tokens), dtype=torch.int32)
 
     def gemm_low_latency(self, x_MK: torch.Tensor, w_NK: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """BF16 [M, N]; E4M3 or BF16 operands, both the same. A scale is one number or one per row, here and below."""
@@ -159,11 +163,13 @@ class CudaLibrary:
         """
         (tokens, hidden), width = x_MK.shape, shared2_KF.shape[1]
         y_MK = torch.empty_like(x_MK)
+        routed_x = self._scratch(x8_MK, tokens, hidden)
         shared_h, routed_h = self._scratch(x8_MK, tokens, width), self._scratch(x8_MK, tokens, width)
+        expert, chosen = self._routing(logits_ME, tokens)
         tensors = (x8_MK, x_MK, logits_ME, shared13_2FK, shared2_KF, routed13_E2FK, routed2_EKF)
         scales = (shared13_scale_2F, routed13_scale_E2F, shared2_scale, routed2_scale_E, inv_scale_3)
         arguments = _Moe(
-            *(t.data_ptr() for t in (*tensors, *scales, shared_h, routed_h, y_MK)),
+            *(t.data_ptr() for t in (*tensors, *scales, routed_x, shared_h, routed_h, expert, chosen, y_MK)),
             *(tokens, hidden, width, logits_ME.shape[1]),
         )
         self._call("moe_top1", x_MK, ctypes.byref(arguments))
@@ -181,14 +187,14 @@ class CudaLibrary:
         inv_out_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """BF16 [M, H, D], or E4M3 with `inv_out_scale` [1]; D is 128. `q_MHD` may be a slice of QKV's rows."""
-        (M, H, D), (S, G) = q_MHD.shape, k_SGD.shape[:2]
+        (M, H, D), G = q_MHD.shape, k_SGD.shape[1]
         y_MHD = q_MHD.new_empty((M, H, D), dtype=torch.bfloat16 if inv_out_scale is None else torch.float8_e4m3fn)
         tensors = (q_MHD, k_SGD, v_SGD, position_M)
         outputs = (y_MHD, None, None) if inv_out_scale is None else (None, y_MHD, inv_out_scale)
         arguments = _Attention(
             *(t.data_ptr() for t in tensors),
             *(None if t is None else t.data_ptr() for t in outputs),
-            *(k_scale, v_scale, M, H, G, q_MHD.stride(0), S, chunk_size),
+            *(k_scale, v_scale, M, H, G, q_MHD.stride(0), chunk_size),
         )
         self._call("attention_decode", q_MHD, ctypes.byref(arguments))
         return y_MHD

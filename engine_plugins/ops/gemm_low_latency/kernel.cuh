@@ -1,11 +1,11 @@
 // gemm_low_latency on the GPU: up to 16 tokens times weights that stay where they are, [N, K] row-major.
 //
-// What it is: the weights are mma's B operand, eight rows a tile, the tokens its A operand: one path for 1 to 16 tokens, with
-// fewer instructions per weight byte than CUDA-core FMAs even for one token. A block's warps cut K; each warp has its whole
-// slice in registers before it waits for the kernel that makes the activations, so launch, DRAM latency and the previous
-// kernel's tail overlap. The activations of a slice then come all at once into shared memory: one latency, not one per chunk.
-// A lane's 16 bytes are four fragment words: which k a word holds is free as long as both operands agree, so neither weights
-// nor activations need a swizzle.
+// What it is: 16 weight rows are mma's A operand, eight tokens its B operand: one path for 1 to 16 tokens, with fewer
+// instructions per weight byte than CUDA-core FMAs even for one token. A block is one tile of rows; its warps cut K. Each warp
+// keeps kStages chunks on their way to shared memory, the first of them before it waits for the kernel that makes the
+// activations, so launch, DRAM latency and the previous kernel's tail overlap; blocks are small, so that the next kernel's
+// find room beside this one's. A lane's 16 bytes are four fragment words: which k a word holds is free as long as both
+// operands agree, so neither weights nor activations need a swizzle.
 // What it refuses to be: a GEMM for more than 16 tokens.
 // Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
@@ -13,28 +13,22 @@
 
 namespace kilotok {
 
-constexpr int kTileRows = 8;
 constexpr int kChunkBytes = 64;  // of one row: four lanes with 16 bytes each
-constexpr int kBatch = 10;       // chunks of one warp in registers: 5120 E4M3 values over eight warps
-constexpr int kMaxWarps = 8;
+constexpr int kStages = 8;       // chunks of one warp in flight
+constexpr int kMaxWarps = 16;
 
 struct Lane {
-  int warp, id, group, member;  // group 0..7: a weight row, and a token of A; member 0..3: which 16 bytes
+  int warp, id, group, member;  // group 0..7: a weight row of either half, and a token; member 0..3: which 16 bytes
   KT_INLINE Lane() : warp(threadIdx.x / kWarp), id(threadIdx.x % kWarp), group(id / 4), member(id % 4) {}
 };
 
-// How a grid cuts [N, K]: `slices` warps share a tile's K, `tiles` tiles share a block.
+// How a block cuts K: `slices` warps share the chunks of a row.
 struct Cut {
-  int slices, tiles, chunks;
+  int slices, chunks;
   KT_INLINE int begin(int slice) const { return slice * chunks / slices; }
 };
 
 KT_INLINE uint4 zero16() { return uint4{0, 0, 0, 0}; }
-
-// Where this lane's 16 bytes of chunk 0 are in row `index`. A row behind the last is the last again: its sums are dropped.
-KT_INLINE const uint8_t* lane_row(const void* w, int index, int rows, int row_bytes, const Lane& lane) {
-  return (const uint8_t*)w + (long long)(index < rows ? index : rows - 1) * row_bytes + lane.member * 16;
-}
 
 // One past the last chunk before `end` in which this lane has bytes of a row.
 KT_INLINE int lane_end(int end, int row_bytes, const Lane& lane) {
@@ -42,131 +36,157 @@ KT_INLINE int lane_end(int end, int row_bytes, const Lane& lane) {
   return end < whole ? end : whole;
 }
 
-// Chunks [chunk, end) of a row, at most `Batch`, into registers; what lies outside is zero.
-template <int Batch>
-KT_INLINE void load_batch(uint4 (&w)[Batch], const uint8_t* row, int chunk, int end) {
-#pragma unroll
-  for (int i = 0; i < Batch; ++i) w[i] = chunk + i < end ? load_weight(row + (chunk + i) * kChunkBytes) : zero16();
-}
-
-// A warp's piece of shared memory: activations by chunk and lane, then its sums.
-constexpr int kWarpShared = kBatch * kWarp * 16;
-KT_INLINE uint4* warp_shared(void* shared, const Lane& lane) { return (uint4*)((uint8_t*)shared + lane.warp * kWarpShared); }
-
-// E4M3 or BF16 activations as they lie in memory, [M, K].
-struct Stored {
-  const uint8_t* x;
-  int tokens, row_bytes;
-  KT_INLINE bool has(int token) const { return token < tokens; }
-  // Chunks [chunk, end), at most `Batch`, of tokens `first` to `first + 7`: each lane brings its own 16 bytes.
-  template <int Batch>
-  KT_INLINE void fetch(uint4* to, int first, int chunk, int end, const Lane& lane) const {
-    if (!has(first + lane.group)) return;
-    const uint8_t* row = x + (long long)(first + lane.group) * row_bytes + lane.member * 16;
-    const int mine = lane_end(end, row_bytes, lane);
-#pragma unroll
-    for (int i = 0; i < Batch; ++i)
-      if (chunk + i < mine) stage(to + i * kWarp + lane.id, row + (chunk + i) * kChunkBytes);
+// A lane's two rows of a tile. A row behind the last is the last again: its sums are dropped.
+struct Rows {
+  const uint8_t* low;
+  int to_high;  // bytes
+  KT_INLINE Rows(const void* w, int first, int second, int rows, int row_bytes, const Lane& lane) {
+    first = first + lane.group < rows ? first + lane.group : rows - 1;
+    second = second + lane.group < rows ? second + lane.group : rows - 1;
+    low = (const uint8_t*)w + (long long)first * row_bytes + lane.member * 16;
+    to_high = (second - first) * row_bytes;
   }
 };
 
-// Chunks [chunk, end), which all lanes of a warp share; a lane has bytes up to `mine` only. One matrix is mma's B operand: d is
-// [token g or g + 8][rows 2t, 2t + 1]; `low` and `high`: tokens g and g + 8 exist, staged one batch after the other.
-template <int F, int Batch>
-KT_INLINE void multiply_batch(float (&d)[4], const uint4 (&w)[1][Batch], const uint4* staged, bool low, bool high, int chunk, int end,
-                              int mine, const Lane& lane) {
-#pragma unroll
-  for (int i = 0; i < Batch; ++i) {
-    if (chunk + i >= end) break;
-    const bool inside = chunk + i < mine;
-    const uint4 a = low && inside ? staged[i * kWarp + lane.id] : zero16();
-    const uint4 b = high && inside ? staged[(Batch + i) * kWarp + lane.id] : zero16();
-    mma<F>(d, a.x, b.x, a.y, b.y, w[0][i].x, w[0][i].y);
-    mma<F>(d, a.z, b.z, a.w, b.w, w[0][i].z, w[0][i].w);
+// A warp's piece of shared memory: a ring of chunks, each with a tile's weights by row half and lane, then the tokens' 16-byte
+// pieces; in the end the warp's sums, [token][row 0..15], padded so that a fragment spreads over the banks.
+constexpr int kWeightBytes = 2 * kWarp * 16, kTokenStride = 20;
+struct Ring {
+  SharedAt at;
+  int chunk_bytes;
+  static KT_EVERYWHERE int bytes(int tokens) { return kStages * (kWeightBytes + tokens * kChunkBytes); }
+  KT_INLINE Ring(const void* shared, int warp, int tokens) : at(shared_at(shared) + warp * bytes(tokens)), chunk_bytes(kWeightBytes + tokens * kChunkBytes) {}
+  KT_INLINE SharedAt weights(int i, int half, const Lane& lane) const { return at + i * chunk_bytes + (half * kWarp + lane.id) * 16; }
+  KT_INLINE SharedAt token(int i, int token, int member) const { return at + i * chunk_bytes + kWeightBytes + (token * 4 + member) * 16; }
+  KT_INLINE void fetch(int i, const Rows& rows, int chunk, const Lane& lane) const {
+    const uint8_t* from = rows.low + chunk * kChunkBytes;
+    stage_weight(weights(i, 0, lane), from);
+    stage_weight(weights(i, 1, lane), from + rows.to_high);
   }
-}
+};
 
-// Two matrices are the two halves of mma's A operand, up to eight tokens its B: d is [gate row g, up row g][tokens 2t, 2t + 1].
-template <int F, int Batch>
-KT_INLINE void multiply_batch(float (&d)[4], const uint4 (&w)[2][Batch], const uint4* staged, bool low, bool, int chunk, int end,
-                              int mine, const Lane& lane) {
-#pragma unroll
-  for (int i = 0; i < Batch; ++i) {
-    if (chunk + i >= end) break;
-    const uint4 token = low && chunk + i < mine ? staged[i * kWarp + lane.id] : zero16();
-    mma<F>(d, w[0][i].x, w[1][i].x, w[0][i].y, w[1][i].y, token.x, token.y);
-    mma<F>(d, w[0][i].z, w[1][i].z, w[0][i].w, w[1][i].w, token.z, token.w);
+// E4M3 or BF16 activations as they lie in memory, [M, K]; with `expert_M`, of the tokens only that chose `wanted`.
+struct Stored {
+  const uint8_t* x;
+  int tokens, row_bytes;
+  const int* expert_M = nullptr;
+  int wanted = 0;
+  KT_INLINE bool has(int token) const { return token < tokens && (!expert_M || expert_M[token] == wanted); }
+  KT_INLINE void fetch(const Ring& to, int i, int token, int chunk, const Lane& lane) const {
+    stage(to.token(i, token, lane.member), x + (long long)token * row_bytes + chunk * kChunkBytes + lane.member * 16);
   }
-}
+};
 
-// Sums of a block's slices meet in shared memory, [token 0..15][row 0..7] for each of a warp's matrices.
-constexpr int kPairs = kMaxTokens * kTileRows / 2;
+KT_INLINE uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-template <int Tiles>
-KT_INLINE void put_sums(void* shared, const float (&d)[4], const Lane& lane) {
-  float2* mine = (float2*)warp_shared(shared, lane);
-  __syncwarp();  // every lane has read its activations
-  if constexpr (Tiles == 1) {
-    mine[lane.group * 4 + lane.member] = float2{d[0], d[1]};
-    mine[(lane.group + 8) * 4 + lane.member] = float2{d[2], d[3]};
+// d [row g, row g + 8 of A][tokens 2t, 2t + 1] += 16 bytes of each of both rows and of a token. Two sums, so that an mma need
+// not wait for the one before. E4M3 goes through F16, exactly.
+template <int F>
+KT_INLINE void multiply(float (&d)[2][4], const uint4& low, const uint4& high, const uint4& x) {
+  if constexpr (F == kE4m3) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t a = word_of(low, i), b = word_of(high, i), c = word_of(x, i);
+      mma<kF16>(d[i % 2], e4m3x2_to_f16x2(a), e4m3x2_to_f16x2(b), e4m3x2_to_f16x2(a >> 16), e4m3x2_to_f16x2(b >> 16), e4m3x2_to_f16x2(c),
+                e4m3x2_to_f16x2(c >> 16));
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ((float*)(mine + i / 2 * kPairs))[(lane.member * 2 + i % 2) * kTileRows + lane.group] = d[i];
+    for (int i = 0; i < 2; ++i)
+      mma<kBf16>(d[i], word_of(low, 2 * i), word_of(high, 2 * i), word_of(low, 2 * i + 1), word_of(high, 2 * i + 1), word_of(x, 2 * i),
+                 word_of(x, 2 * i + 1));
   }
 }
 
-// After a barrier: every (tile of the block, token, row pair) once, its slices added in order, given to `finish`.
-template <int Tiles, class Finish>
-KT_INLINE void finish_sums(const void* shared, const Cut& cut, int tokens, const Finish& finish) {
-  const int work = cut.tiles * tokens * 4;
-  for (int i = threadIdx.x; i < work; i += blockDim.x) {
-    const int group = i / (tokens * 4), pair = i % (tokens * 4);  // pair = token * 4 + row pair
-    float2 sum[Tiles] = {};
-    for (int slice = 0; slice < cut.slices; ++slice) {
-      const float2* part = (const float2*)((const uint8_t*)shared + (group * cut.slices + slice) * kWarpShared) + pair;
+// One warp's share of a tile: d += rows times tokens over chunks [begin, end). With `Wide`, `upper` takes tokens 8 to 15.
+// `first_fetched`: the first kStages chunks of weights are on their way already.
+template <int F, bool Wide>
+KT_INLINE void multiply_share(float (&d)[2][4], float (&upper)[2][4], const Ring& ring, const Rows& rows, const Stored& x, int begin, int end,
+                              bool first_fetched, const Lane& lane) {
+  const int mine = lane_end(end, x.row_bytes, lane);
+  const bool has = x.has(lane.group), has_upper = Wide && x.has(lane.group + 8);
+  auto fetch_tokens = [&](int i, int chunk) {
+    if (has) x.fetch(ring, i, lane.group, chunk, lane);
+    if (has_upper) x.fetch(ring, i, lane.group + 8, chunk, lane);
+  };
 #pragma unroll
-      for (int tile = 0; tile < Tiles; ++tile) {
-        sum[tile].x += part[tile * kPairs].x;
-        sum[tile].y += part[tile * kPairs].y;
+  for (int i = 0; i < kStages; ++i) {
+    if (begin + i < mine && !first_fetched) ring.fetch(i, rows, begin + i, lane);
+    if (begin + i < mine) fetch_tokens(i, begin + i);
+    stage_commit();
+  }
+  int i = 0;
+  for (int chunk = begin; chunk < end; ++chunk) {
+    stage_wait<kStages - 1>();
+    const bool inside = chunk < mine;
+    const uint4 low = inside ? load_shared(ring.weights(i, 0, lane)) : zero16(), high = inside ? load_shared(ring.weights(i, 1, lane)) : zero16();
+    multiply<F>(d, low, high, inside && has ? load_shared(ring.token(i, lane.group, lane.member)) : zero16());
+    if constexpr (Wide) multiply<F>(upper, low, high, inside && has_upper ? load_shared(ring.token(i, lane.group + 8, lane.member)) : zero16());
+    if (chunk + kStages < mine) {
+      ring.fetch(i, rows, chunk + kStages, lane);
+      fetch_tokens(i, chunk + kStages);
+    }
+    stage_commit();
+    i = i + 1 == kStages ? 0 : i + 1;
+  }
+}
+
+KT_INLINE void fetch_first(const Ring& ring, const Rows& rows, int begin, int end, int row_bytes, const Lane& lane) {
+  const int mine = lane_end(end, row_bytes, lane);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i)
+    if (begin + i < mine) ring.fetch(i, rows, begin + i, lane);
+}
+
+// In its own ring, two banks further than the warp before, because the lanes of a warp read the same place of all.
+KT_INLINE float* sums_of(const void* shared, int warp, int tokens) { return (float*)((uint8_t*)shared + warp * (Ring::bytes(tokens) + 8)); }
+
+KT_INLINE void put_sums(float* sums, const float (&d)[2][4], int first_token, const Lane& lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    sums[(first_token + lane.member * 2 + i % 2) * kTokenStride + i / 2 * 8 + lane.group] = d[0][i] + d[1][i];
+}
+
+// After a barrier: for every token and pair of rows, the sums of all warps, added in one order, to `finish`: as many lanes as
+// there are warps share an item. `Pairs` 8: rows 2p, 2p + 1; 4: those and the same two of the second half.
+template <int Pairs, class Finish>
+KT_INLINE void finish_sums(const void* shared, int warps, int tokens, const Finish& finish) {
+  const int item = threadIdx.x / warps, part = threadIdx.x % warps, pair = item % Pairs;
+  const float* sums = sums_of(shared, part, tokens) + pair * 2;
+  for (int token = item / Pairs; token - item / Pairs < tokens; token += kWarp / Pairs) {
+    float2 sum[8 / Pairs];
+#pragma unroll
+    for (int half = 0; half < 8 / Pairs; ++half) {
+      sum[half] = token < tokens ? *(const float2*)(sums + token * kTokenStride + half * 8) : float2{0.0f, 0.0f};
+      for (int offset = warps / 2; offset; offset /= 2) {
+        sum[half].x += __shfl_xor_sync(0xFFFFFFFFu, sum[half].x, offset);
+        sum[half].y += __shfl_xor_sync(0xFFFFFFFFu, sum[half].y, offset);
       }
     }
-    finish(pair / 4, (blockIdx.x * cut.tiles + group) * kTileRows + pair % 4 * 2, sum);
+    if (part == 0 && token < tokens) finish(token, sum);
   }
 }
 
-// The body of every dense kernel. Of `Tiles` = 2 matrices the second starts `stride_rows` rows after the first: gate, then up.
-// More than eight tokens (`Wide`) halve the batch, so that both halves of the tokens fit a warp's shared memory.
-template <int F, int Tiles, bool Wide, class Activations, class Finish>
-KT_INLINE void skinny_gemm(const void* w, int rows, int stride_rows, const Activations& x, const Cut& cut, const Finish& finish) {
-  static_assert(!Wide || Tiles == 1, "a pair takes eight tokens");
+// The body of every dense kernel: tile `blockIdx.x` of `Finish::kRows` rows and, `second` rows behind each of the first eight,
+// eight more: the other half of the tile, or up beside gate. `waited`: the kernel before has been waited for.
+template <int F, bool Wide, class Finish>
+KT_INLINE void skinny_gemm(const void* w, int rows, int second, const Stored& x, const Cut& cut, Finish finish, bool waited = false) {
   KT_LAUNCH_SHARED(uint4, shared);
-  constexpr int Batch = Wide ? kBatch / 2 : kBatch;
   const Lane lane;
-  const int slice = lane.warp % cut.slices, begin = cut.begin(slice), end = cut.begin(slice + 1), bytes = x.row_bytes;
-  const int mine = lane_end(end, bytes, lane);
-  const int index = (blockIdx.x * cut.tiles + lane.warp / cut.slices) * kTileRows + lane.group;
-  const uint8_t* row = lane_row(w, index, rows, bytes, lane);
-  const long long stride = (long long)stride_rows * bytes;
-  uint4 batch[Tiles][Batch];
-  uint4* staged = warp_shared(shared, lane);
-  float d[4] = {};
-#pragma unroll
-  for (int tile = 0; tile < Tiles; ++tile) load_batch(batch[tile], row + tile * stride, begin, mine);
-  grid_wait();
-  for (int chunk = begin; chunk < end; chunk += Batch) {
-    __syncwarp();
-    x.template fetch<Batch>(staged, 0, chunk, end, lane);
-    if constexpr (Wide) x.template fetch<Batch>(staged + Batch * kWarp, 8, chunk, end, lane);
-#pragma unroll
-    for (int tile = 0; tile < Tiles; ++tile)
-      if (chunk > begin) load_batch(batch[tile], row + tile * stride, chunk, mine);
-    staged_wait();
-    __syncwarp();
-    multiply_batch<F>(d, batch, staged, x.has(lane.group), Wide && x.has(lane.group + 8), chunk, end, mine, lane);
-  }
-  put_sums<Tiles>(shared, d, lane);
+  const int begin = cut.begin(lane.warp), end = cut.begin(lane.warp + 1), first = blockIdx.x * Finish::kRows;
+  const Rows at(w, first, first + second, rows, x.row_bytes, lane);
+  const Ring ring(shared, lane.warp, x.tokens);
+  float d[2][4] = {}, upper[2][4] = {};
+  fetch_first(ring, at, begin, end, x.row_bytes, lane);
+  finish.prepare(first + (int)threadIdx.x / cut.slices % Finish::kPairs * 2, threadIdx.x / cut.slices / Finish::kPairs, x.tokens);
+  if (!waited) grid_wait();
+  multiply_share<F, Wide>(d, upper, ring, at, x, begin, end, true, lane);
+  float* sums = sums_of(shared, lane.warp, x.tokens);
+  __syncwarp();  // every lane has read what the sums overwrite
+  put_sums(sums, d, 0, lane);
+  if constexpr (Wide) put_sums(sums, upper, 8, lane);
   __syncthreads();
-  finish_sums<Tiles>(shared, cut, x.tokens, finish);
+  finish_sums<Finish::kPairs>(shared, cut.slices, x.tokens, finish);
 }
 
 // One number for all rows (step 0) or one per row (step 1); none at all is 1.
@@ -178,22 +198,28 @@ struct RowScale {
 
 // y [M, N] BF16 = sums * scale.
 struct ScaledBf16 {
+  static constexpr int kRows = 16, kPairs = 8;
   RowScale scale;
   uint16_t* y;
   int rows;
-  KT_INLINE void put(int token, int n, float value) const {
-    if (n < rows) y[(long long)token * rows + n] = float_to_bf16(value * scale[n]);
+  int n;
+  float2 factor;
+
+  // Before the wait: rows `row` and `row + 1` are this thread's, and `token` first.
+  KT_INLINE void prepare(int row, int, int) {
+    n = row;
+    factor = float2{n < rows ? scale[n] : 0.0f, n + 1 < rows ? scale[n + 1] : 0.0f};
   }
-  KT_INLINE void operator()(int token, int n, const float2 (&sum)[1]) const {
-    put(token, n, sum[0].x);
-    put(token, n + 1, sum[0].y);
+  KT_INLINE void operator()(int token, const float2 (&sum)[1]) const {
+    uint16_t* to = y + (long long)token * rows + n;
+    if (n < rows) to[0] = float_to_bf16(sum[0].x * factor.x);
+    if (n + 1 < rows) to[1] = float_to_bf16(sum[0].y * factor.y);
   }
 };
 
 template <int F, bool Wide>
-KT_KERNEL(256, Wide ? 2 : 3) gemm_low_latency_kernel(const void* w, Stored x, ScaledBf16 finish, Cut cut) {
-  grid_launch_dependents();
-  skinny_gemm<F, 1, Wide>(w, finish.rows, 0, x, cut, finish);
+KT_KERNEL(kWarp * kMaxWarps, Wide ? 1 : 2) gemm_low_latency_kernel(const void* w, Stored x, ScaledBf16 finish, Cut cut) {
+  skinny_gemm<F, Wide>(w, finish.rows, 8, x, cut, finish);
 }
 
 }  // namespace kilotok

@@ -9,8 +9,8 @@
 
 namespace kilotok {
 
-constexpr int kRouterThreads = 128;
-constexpr int kRouterBatch = 5;  // 5120 BF16 values over 128 threads
+constexpr int kRouterThreads = 320;
+constexpr int kRouterBatch = 2;  // 5120 BF16 values over 320 threads
 
 KT_INLINE float dot_bf16x8(const uint4& a, const uint4& b, float sum) {
   const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
@@ -22,14 +22,14 @@ KT_INLINE float dot_bf16x8(const uint4& a, const uint4& b, float sum) {
   return sum;
 }
 
-KT_KERNEL(kRouterThreads, 4) router_kernel(const uint8_t* w_EK, Stored x, int experts, float* logits_ME) {
-  KT_SHARED(float, shared, kNarrowTokens * kRouterThreads / kWarp);
-  grid_launch_dependents();
-  const int expert = blockIdx.x, warps = kRouterThreads / kWarp, stride = kRouterThreads * 16;
+KT_KERNEL(kRouterThreads, 2) router_kernel(const uint8_t* w_EK, Stored x, int experts, float* logits_ME) {
+  constexpr int warps = kRouterThreads / kWarp, stride = kRouterThreads * 16;
+  KT_SHARED(float, shared, kNarrowTokens * warps);
+  const int expert = blockIdx.x;
   const uint8_t* row = w_EK + (long long)expert * x.row_bytes;
-  uint4 batch[kRouterBatch];
   float sum[kNarrowTokens] = {};
   for (int base = 0; base < x.row_bytes; base += kRouterBatch * stride) {
+    uint4 batch[kRouterBatch], values[kNarrowTokens][kRouterBatch];
 #pragma unroll
     for (int i = 0; i < kRouterBatch; ++i) {
       const int at = base + i * stride + threadIdx.x * 16;
@@ -37,13 +37,17 @@ KT_KERNEL(kRouterThreads, 4) router_kernel(const uint8_t* w_EK, Stored x, int ex
     }
     if (base == 0) grid_wait();
 #pragma unroll
-    for (int i = 0; i < kRouterBatch; ++i) {
-      const int at = base + i * stride + threadIdx.x * 16;
+    for (int token = 0; token < kNarrowTokens; ++token)  // every load before the first use
 #pragma unroll
-      for (int token = 0; token < kNarrowTokens; ++token)
-        if (token < x.tokens && at < x.row_bytes)
-          sum[token] = dot_bf16x8(batch[i], load_activation(x.x + (long long)token * x.row_bytes + at), sum[token]);
-    }
+      for (int i = 0; i < kRouterBatch; ++i) {
+        const int at = base + i * stride + threadIdx.x * 16;
+        values[token][i] = token < x.tokens && at < x.row_bytes ? load_activation(x.x + (long long)token * x.row_bytes + at) : zero16();
+      }
+#pragma unroll
+    for (int token = 0; token < kNarrowTokens; ++token)
+#pragma unroll
+      for (int i = 0; i < kRouterBatch; ++i)
+        if (token < x.tokens) sum[token] = dot_bf16x8(batch[i], values[token][i], sum[token]);
   }
 #pragma unroll
   for (int token = 0; token < kNarrowTokens; ++token) {
@@ -54,6 +58,7 @@ KT_KERNEL(kRouterThreads, 4) router_kernel(const uint8_t* w_EK, Stored x, int ex
   __syncthreads();
   if ((int)threadIdx.x >= x.tokens) return;
   float logit = 0.0f;
+#pragma unroll
   for (int warp = 0; warp < warps; ++warp) logit += shared[threadIdx.x * warps + warp];
   logits_ME[threadIdx.x * experts + expert] = logit;
 }

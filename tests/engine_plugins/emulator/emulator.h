@@ -19,6 +19,7 @@
 
 #define KT_KERNEL(threads, blocks) static void
 #define KT_INLINE inline
+#define KT_EVERYWHERE inline
 #define KT_SHARED(type, name, count) type* name = (type*)emulator::shared_memory(__COUNTER__, sizeof(type) * (count))
 #define KT_LAUNCH_SHARED(type, name) type* name = (type*)emulator::shared_memory(-1, emulator::now->block->launch_shared)
 #define threadIdx (emulator::now->thread)
@@ -32,6 +33,7 @@ struct dim3 {
 struct uint4 { uint32_t x, y, z, w; };
 struct uint2 { uint32_t x, y; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 
 namespace emulator {
 
@@ -267,12 +269,30 @@ inline T __shfl_xor_sync(unsigned, T value, int mask) {
   return other;
 }
 
+template <class T>
+inline T __shfl_sync(unsigned, T value, int from) {
+  using namespace emulator;
+  memcpy(&warp().words[lane()][0], &value, 4);
+  arrive(warp().barrier, kLanes);
+  T other;
+  memcpy(&other, &warp().words[from][0], 4);
+  arrive(warp().barrier, kLanes);
+  return other;
+}
+
 namespace kilotok {
 
 inline uint4 load_weight(const void* at) { return emulator::load(at); }
 inline uint4 load_activation(const void* at) { return emulator::load(at); }
-inline void stage(uint4* to, const void* at) { *to = emulator::load(at); }
-inline void staged_wait() {}
+using SharedAt = uint8_t*;
+inline SharedAt shared_at(const void* p) { return (uint8_t*)p; }
+inline uint4 load_shared(SharedAt at) { return *(const uint4*)at; }
+inline void store_shared(SharedAt at, const uint2& v) { memcpy(at, &v, 8); }
+inline void stage(SharedAt to, const void* at) { *(uint4*)to = emulator::load(at); }
+inline void stage_weight(SharedAt to, const void* at) { stage(to, at); }
+inline void stage_commit() {}
+template <int Pending>
+inline void stage_wait() {}
 inline void prefetch(const void*) {}
 
 inline uint32_t f16_bits(float x) {
@@ -296,23 +316,23 @@ inline uint32_t two_bytes(uint32_t first, uint32_t second, int index) {
 }
 
 inline int cluster_rank() { return emulator::now->block->rank; }
-inline void cluster_sync() {
+inline void cluster_arrive() {}
+inline void cluster_wait() {
   emulator::Cluster& c = *emulator::now->block->cluster;
   emulator::arrive(c.barrier, (int)(c.blocks.size() * emulator::now->block->size.x));
 }
-inline float load_remote(const float* mine, int rank) {
+inline void store_remote(float4* mine, int rank, const float4& v) {
   using namespace emulator;
   for (auto& [key, memory] : now->block->shared) {
     const long offset = (const uint8_t*)mine - memory.data();
-    if (offset < 0 || offset + 4 > (long)memory.size()) continue;
-    float value;
-    memcpy(&value, now->block->cluster->blocks[rank]->shared[key].data() + offset, 4);
-    return value;
+    if (offset < 0 || offset + 16 > (long)memory.size()) continue;
+    auto& theirs = now->block->cluster->blocks[rank]->shared[key];
+    if (theirs.empty()) theirs.assign(memory.size(), 0xFF);
+    memcpy(theirs.data() + offset, &v, 16);
+    return;
   }
-  fail("a remote load outside shared memory");
-  return NAN;
+  fail("a remote store outside shared memory");
 }
-inline void grid_launch_dependents() {}
 
 inline void grid_wait() {
   using namespace emulator;
