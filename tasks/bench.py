@@ -182,7 +182,7 @@ class Maker:
 
         def make() -> Call:
             w, cache = self.e4m3(n, hidden), self.e4m3(2, position + self.tokens, kv_heads, head_dim)
-            return lambda: OPS.qkv_attn_scaling(x, w, one, positions, None, *rows, 8192.0, 0.1, cache[0], cache[1])
+            return lambda: OPS.qkv_attn_scaling_cache(x, w, one, positions, None, *rows, 8192.0, 0.1, *cache, 1.0, 1.0)
 
         return Case(
             "qkv_attn_scaling",
@@ -202,7 +202,7 @@ class Maker:
 
         def make() -> Call:
             w, cache = self.bf16(n, 2 * hidden), self.e4m3(2, position + self.tokens, kv_heads, head_dim)
-            return lambda: OPS.qkv_attn_scaling(x, w, None, positions, table, *rows, 0.0, 0.0, cache[0], cache[1])
+            return lambda: OPS.qkv_attn_scaling_cache(x, w, None, positions, table, *rows, 0.0, 0.0, *cache, 1.0, 1.0)
 
         return Case("qkv_attn_scaling", f"{n} <- {2 * hidden} BF16", 4 * n * hidden, make)
 

@@ -39,7 +39,7 @@ from engine_plugins.ops.verify import reference as verify_reference
 from specs.errors import IntegrityError
 
 E4M3 = torch.float8_e4m3fn
-MUTATED = {"allreduce_rmsnorm": ("epoch_M",), "qkv_attn_scaling": ("k_SGD", "v_SGD")}
+MUTATED = {"allreduce_rmsnorm": ("epoch_M",), "qkv_attn_scaling_cache": ("k_SGD", "v_SGD")}
 served: Counter[tuple[str, str]] = Counter()  # (op, "reference" | "triton" | "cuda"); a captured call counts once
 _cuda: CudaLibrary | None = None
 
@@ -71,7 +71,7 @@ def use_kernels(plugins: Path) -> None:
 def _define(cpu: Callable[..., Any], axes: Callable[..., dict[str, int]], fake: Callable[..., Any]) -> Any:
     """Register kilotok::<name of cpu>, less its underscore; `axes` gives the sizes that its contract limits."""
     name = cpu.__name__.removeprefix("_")
-    folder = "verify" if name.startswith("verify_") else name
+    folder = "verify" if name.startswith("verify_") else name.removesuffix("_cache")
     contract: OpContract = importlib.import_module(f"engine_plugins.ops.{folder}.contract").CONTRACT
 
     def traced(*arguments: Any) -> Any:
@@ -142,10 +142,45 @@ def _qkv_attn_scaling(
     head_dim: int,
     floor_scale: float,
     attn_scale: float,
-    k_SGD: Tensor | None = None,
-    v_SGD: Tensor | None = None,
-    inv_k_scale: float = 1.0,
-    inv_v_scale: float = 1.0,
+) -> Tensor:
+    return _positioned(
+        x_MK, w_NK, scale, position_M, cos_sin_SP2, q_rows, k_rows, head_dim, floor_scale, attn_scale
+    ).bfloat16()
+
+
+def _qkv_attn_scaling_cache(
+    x_MK: Tensor,
+    w_NK: Tensor,
+    scale: Tensor | None,
+    position_M: Tensor,
+    cos_sin_SP2: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    head_dim: int,
+    floor_scale: float,
+    attn_scale: float,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    inv_k_scale: float,
+    inv_v_scale: float,
+) -> Tensor:
+    """Also writes keys and values, times their inverse scales, at their positions of an E4M3 cache."""
+    y_MN = _positioned(x_MK, w_NK, scale, position_M, cos_sin_SP2, q_rows, k_rows, head_dim, floor_scale, attn_scale)
+    write_cache(y_MN[:, q_rows:], position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
+    return y_MN.bfloat16()
+
+
+def _positioned(
+    x_MK: Tensor,
+    w_NK: Tensor,
+    scale: Tensor | None,
+    position_M: Tensor | None,
+    cos_sin_SP2: Tensor | None,
+    q_rows: int,
+    k_rows: int,
+    head_dim: int,
+    floor_scale: float,
+    attn_scale: float,
 ) -> Tensor:
     heads_MHD = _product(x_MK, w_NK, scale).unflatten(1, (-1, head_dim))
     q_heads, k_heads = q_rows // head_dim, k_rows // head_dim
@@ -155,10 +190,7 @@ def _qkv_attn_scaling(
         heads_MHD = torch.cat((turned, heads_MHD[:, q_heads + k_heads :]), dim=1)
     if floor_scale > 0 and position_M is not None:
         heads_MHD[:, :q_heads] *= attention_temperature(position_M, floor_scale, attn_scale)[:, None, None]
-    if k_SGD is not None and v_SGD is not None and position_M is not None:
-        kv_MN = heads_MHD[:, q_heads:].flatten(1)
-        write_cache(kv_MN, position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
-    return heads_MHD.flatten(1).bfloat16()
+    return heads_MHD.flatten(1)
 
 
 def _fc13_swiglu(x_MK: Tensor, w_2FK: Tensor, scale: Tensor | None, inv_out_scale: Tensor | None) -> Tensor:
@@ -269,10 +301,15 @@ def _decided(rows: Tensor, draft_K: Tensor) -> tuple[Tensor, Tensor]:
 
 
 gemm_low_latency = _define(_gemm_low_latency, _gemm_axes, lambda x, w, scale: _rows(x, w.shape[0], torch.bfloat16))
-qkv_attn_scaling = _define(
-    _qkv_attn_scaling,
-    lambda *a: {"M": a[0].shape[0], "H": a[0].shape[1], "D": a[7]},
-    lambda *a: _rows(a[0], a[1].shape[0], torch.bfloat16),
+
+
+def _qkv_axes(x: Tensor, *rest: Any) -> dict[str, int]:
+    return {"M": x.shape[0], "H": x.shape[1], "D": rest[6]}
+
+
+qkv_attn_scaling = _define(_qkv_attn_scaling, _qkv_axes, lambda x, w, *_: _rows(x, w.shape[0], torch.bfloat16))
+qkv_attn_scaling_cache = _define(
+    _qkv_attn_scaling_cache, _qkv_axes, lambda x, w, *_: _rows(x, w.shape[0], torch.bfloat16)
 )
 fc13_swiglu = _define(
     _fc13_swiglu,

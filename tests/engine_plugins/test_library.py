@@ -31,6 +31,10 @@ def arguments() -> dict[str, tuple[object, ...]]:
     return {
         "gemm_low_latency": (x, codes(16, 32), ones[:16]),
         "qkv_attn_scaling": (x, codes(48, 32), ones, torch.tensor([3, 9000]), None, 16, 16, 16, 8192.0, 0.1),
+        "qkv_attn_scaling_cache": (
+            *(x, codes(48, 32), ones, torch.tensor([3, 7]), None, 16, 16, 16, 8192.0, 0.1),
+            *(codes(9, 1, 16), codes(9, 1, 16), 0.5, 0.5),
+        ),
         "fc13_swiglu": (x, codes(32, 32), ones[:1], ones[:1] * 9),
         "router": (normal(2, 32).bfloat16(), normal(5, 32).bfloat16()),
         "moe_top1": (*moe, *routed),

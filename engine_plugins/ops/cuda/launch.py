@@ -120,6 +120,8 @@ class CudaLibrary:
         self._call("qkv_attn_scaling", x_MK, _format(w_NK), *pointers, *sizes, *temperature, *cache)
         return y_MN
 
+    qkv_attn_scaling_cache = qkv_attn_scaling
+
     def fc13_swiglu(
         self,
         x_MK: torch.Tensor,

@@ -83,3 +83,6 @@ def qkv_attn_scaling(
     if k_SGD is not None and v_SGD is not None and position_M is not None:
         write_cache(y_MN[:, q_rows:], position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
     return y_MN
+
+
+qkv_attn_scaling_cache = qkv_attn_scaling
