@@ -37,6 +37,7 @@ def test_cuda_kernels_compile_without_spills(architecture: str, tmp_path: Path) 
             "gemm_low_latency",
             "moe_fc13",
             "moe_fc2",
+            "moe_route",
             "qkv_attn_scaling",
             "router",
         )
