@@ -42,7 +42,7 @@ def test_cuda_kernels_compile_without_spills(architecture: str, tmp_path: Path) 
             "router",
         )
     }
-    assert all(cost["spill_bytes"] == 0 and 0 < cost["registers"] <= 192 for cost in kernels.values())
+    assert all(cost["spill_bytes"] == 0 and 0 < cost["registers"] <= 208 for cost in kernels.values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
