@@ -55,8 +55,8 @@ def to_bf16(x):
 
 @triton.jit
 def to_e4m3(x):
-    """Nearest E4M3, ties to even, saturating."""
-    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    """Nearest E4M3, ties to even, saturating; what is not a number stays so."""
+    x = tl.where(x == x, tl.minimum(tl.maximum(x, -448.0), 448.0), x)
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
     subnormal = (x + 24576.0) - 24576.0  # fp32 keeps steps of 2^-9 there, E4M3's smallest

@@ -33,22 +33,31 @@ static int launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared,
 }
 #endif
 
-// Warps on a row: as many as it takes to have kWantedWarps on the GPU, if each has kLeastChunks to do; more when a share is long.
-static Cut cut_for(int tiles, int row_bytes) {
-  constexpr int kWantedWarps = 1056, kLeastChunks = 4, kMostChunks = 40;  // eight warps on each of 132 SMs
-  Cut cut = {1, (row_bytes + kChunkBytes - 1) / kChunkBytes};
-  while (cut.slices < kMaxWarps && cut.chunks >= 2 * cut.slices * kLeastChunks &&
-         (tiles * cut.slices < kWantedWarps || cut.chunks > cut.slices * kMostChunks))
-    cut.slices *= 2;
+// Warps on a row. Measured on an H200: eight to ten chunks each are best when a few blocks fill the GPU, a long share when there
+// are many, and only too few blocks want more than eight warps. `streams` rows one after the other are a warp's share. No more
+// shared memory than is used: the next kernel wants some.
+static Cut cut_for(int tiles, int row_bytes, int tokens, int streams) {
+  constexpr int kHalfOfSms = 66, kFewWarps = 8 * 132, kManyWarps = 2048;
+  constexpr int kSharedMemory = 227 << 10;  // of a block, on Hopper and Blackwell
+  Cut cut = {1, (row_bytes + kChunkBytes - 1) / kChunkBytes, kStages};
+  auto wants_more = [&] {
+    const int share = cut.chunks / cut.slices, warps = tiles * cut.slices;
+    if (share < 8 || Ring::bytes(tokens, kStages) * 2 * cut.slices > kSharedMemory) return false;
+    if (cut.slices >= 8) return cut.slices < kMaxWarps && tiles < kHalfOfSms;
+    return warps < kFewWarps || (share > 10 && warps < kManyWarps) || share > 40;
+  };
+  while (wants_more()) cut.slices *= 2;
+  const int share = streams * ((cut.chunks + cut.slices - 1) / cut.slices);
+  cut.stages = share >= kStages ? kStages : share < 2 ? 2 : share;  // two hold the sums
   return cut;
 }
 
 // A kernel on `skinny_gemm`'s plan; `slots` matrices beside each other.
 template <class Finish, class... Wanted, class... Given>
-static int launch_cut(void (*kernel)(Wanted...), int row_bytes, int tokens, int rows, int slots, void* stream, Given... given) {
+static int launch_cut(void (*kernel)(Wanted...), int row_bytes, int tokens, int rows, int slots, int streams, void* stream, Given... given) {
   const int tiles = (rows + Finish::kRows - 1) / Finish::kRows;
-  const Cut cut = cut_for(tiles * slots, row_bytes);
-  return launch(kernel, dim3(tiles, slots), kWarp * cut.slices, Ring::bytes(tokens) * cut.slices, 1, stream, given..., cut);
+  const Cut cut = cut_for(tiles * slots, row_bytes, tokens, streams);
+  return launch(kernel, dim3(tiles, slots), kWarp * cut.slices, Ring::bytes(tokens, cut.stages) * cut.slices, 1, stream, given..., cut);
 }
 
 extern "C" {
@@ -60,7 +69,7 @@ int kt_gemm_low_latency(int format, const void* x, const void* w, const float* s
   const bool wide = tokens > kNarrowTokens;
   auto kernel = format == kE4m3 ? (wide ? gemm_low_latency_kernel<kE4m3, true> : gemm_low_latency_kernel<kE4m3, false>)
                                 : (wide ? gemm_low_latency_kernel<kBf16, true> : gemm_low_latency_kernel<kBf16, false>);
-  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, stream, w, activations, finish);
+  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, 1, stream, w, activations, finish);
 }
 
 int kt_qkv_attn_scaling(int format, const void* x, const void* w, const float* scale, int scale_step, const int64_t* position_M,
@@ -71,16 +80,16 @@ int kt_qkv_attn_scaling(int format, const void* x, const void* w, const float* s
   const Positioned finish{{{scale, scale_step}, (uint16_t*)y, rows}, position_M, (const float2*)cos_sin, q_rows, k_rows, head_dim,
                           floor_scale, attn_scale, (uint8_t*)k_SGD, (uint8_t*)v_SGD, inv_k_scale, inv_v_scale};
   auto kernel = format == kE4m3 ? qkv_attn_scaling_kernel<kE4m3> : qkv_attn_scaling_kernel<kBf16>;
-  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, stream, w, activations, finish);
+  return launch_cut<ScaledBf16>(kernel, row_bytes, tokens, rows, 1, 1, stream, w, activations, finish);
 }
 
 int kt_fc13_swiglu(int format, const void* x, const void* w, const float* scale, int scale_step, const float* inv_out_scale, void* h,
                    int tokens, int width, int row_bytes, void* stream) {
   const Stored activations{(const uint8_t*)x, tokens, row_bytes};
   const RowScale scales{scale, scale_step};
-  return format == kE4m3 ? launch_cut<Gated<kE4m3>>(fc13_swiglu_kernel<kE4m3>, row_bytes, tokens, width, 1, stream, w, activations,
+  return format == kE4m3 ? launch_cut<Gated<kE4m3>>(fc13_swiglu_kernel<kE4m3>, row_bytes, tokens, width, 1, 1, stream, w, activations,
                                                   Gated<kE4m3>{scales, inv_out_scale, (uint8_t*)h, width})
-                         : launch_cut<Gated<kBf16>>(fc13_swiglu_kernel<kBf16>, row_bytes, tokens, width, 1, stream, w, activations,
+                         : launch_cut<Gated<kBf16>>(fc13_swiglu_kernel<kBf16>, row_bytes, tokens, width, 1, 1, stream, w, activations,
                                                   Gated<kBf16>{scales, inv_out_scale, (uint8_t*)h, width});
 }
 
@@ -92,9 +101,10 @@ int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int ex
 int kt_moe_top1(const Moe* arguments, void* stream) {
   const Moe& a = *arguments;
   int failed = launch(moe_route_kernel, dim3(a.tokens), kRouteThreads, 0, 1, stream, a);
-  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, 1 + a.tokens, stream, a);
+  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, 1, 1, stream, a, 0);
+  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, a.tokens, 1, stream, a, 1);
   if (failed) return failed;
-  return launch_cut<ScaledBf16>(moe_fc2_kernel, a.width, a.tokens, a.hidden, 1, stream, a);
+  return launch_cut<ScaledBf16>(moe_fc2_kernel, a.width, a.tokens, a.hidden, 1, 1 + a.tokens, stream, a);
 }
 
 int kt_attention_decode(const Attention* arguments, void* stream) {

@@ -14,7 +14,7 @@
 namespace kilotok {
 
 constexpr int kChunkBytes = 64;  // of one row: four lanes with 16 bytes each
-constexpr int kStages = 8;       // chunks of one warp in flight
+constexpr int kStages = 8;       // chunks of one warp in flight, at most
 constexpr int kMaxWarps = 16;
 
 struct Lane {
@@ -22,9 +22,9 @@ struct Lane {
   KT_INLINE Lane() : warp(threadIdx.x / kWarp), id(threadIdx.x % kWarp), group(id / 4), member(id % 4) {}
 };
 
-// How a block cuts K: `slices` warps share the chunks of a row.
+// How a block cuts K: `slices` warps share the chunks of a row; each has `stages` of them in flight.
 struct Cut {
-  int slices, chunks;
+  int slices, chunks, stages;
   KT_INLINE int begin(int slice) const { return slice * chunks / slices; }
 };
 
@@ -54,8 +54,9 @@ constexpr int kWeightBytes = 2 * kWarp * 16, kTokenStride = 20;
 struct Ring {
   SharedAt at;
   int chunk_bytes;
-  static KT_EVERYWHERE int bytes(int tokens) { return kStages * (kWeightBytes + tokens * kChunkBytes); }
-  KT_INLINE Ring(const void* shared, int warp, int tokens) : at(shared_at(shared) + warp * bytes(tokens)), chunk_bytes(kWeightBytes + tokens * kChunkBytes) {}
+  static KT_EVERYWHERE int bytes(int tokens, int stages) { return stages * (kWeightBytes + tokens * kChunkBytes); }
+  KT_INLINE Ring(const void* shared, int warp, int tokens, int stages)
+      : at(shared_at(shared) + warp * bytes(tokens, stages)), chunk_bytes(kWeightBytes + tokens * kChunkBytes) {}
   KT_INLINE SharedAt weights(int i, int half, const Lane& lane) const { return at + i * chunk_bytes + (half * kWarp + lane.id) * 16; }
   KT_INLINE SharedAt token(int i, int token, int member) const { return at + i * chunk_bytes + kWeightBytes + (token * 4 + member) * 16; }
   KT_INLINE void fetch(int i, const Rows& rows, int chunk, const Lane& lane) const {
@@ -139,7 +140,9 @@ KT_INLINE void fetch_first(const Ring& ring, const Rows& rows, int begin, int en
 }
 
 // In its own ring, two banks further than the warp before, because the lanes of a warp read the same place of all.
-KT_INLINE float* sums_of(const void* shared, int warp, int tokens) { return (float*)((uint8_t*)shared + warp * (Ring::bytes(tokens) + 8)); }
+KT_INLINE float* sums_of(const void* shared, int warp, int tokens, int stages) {
+  return (float*)((uint8_t*)shared + warp * (Ring::bytes(tokens, stages) + 8));
+}
 
 KT_INLINE void put_sums(float* sums, const float (&d)[2][4], int first_token, const Lane& lane) {
 #pragma unroll
@@ -150,9 +153,9 @@ KT_INLINE void put_sums(float* sums, const float (&d)[2][4], int first_token, co
 // After a barrier: for every token and pair of rows, the sums of all warps, added in one order, to `finish`: as many lanes as
 // there are warps share an item. `Pairs` 8: rows 2p, 2p + 1; 4: those and the same two of the second half.
 template <int Pairs, class Finish>
-KT_INLINE void finish_sums(const void* shared, int warps, int tokens, const Finish& finish) {
-  const int item = threadIdx.x / warps, part = threadIdx.x % warps, pair = item % Pairs;
-  const float* sums = sums_of(shared, part, tokens) + pair * 2;
+KT_INLINE void finish_sums(const void* shared, const Cut& cut, int tokens, const Finish& finish) {
+  const int warps = cut.slices, item = threadIdx.x / warps, part = threadIdx.x % warps, pair = item % Pairs;
+  const float* sums = sums_of(shared, part, tokens, cut.stages) + pair * 2;
   for (int token = item / Pairs; token - item / Pairs < tokens; token += kWarp / Pairs) {
     float2 sum[8 / Pairs];
 #pragma unroll
@@ -168,25 +171,25 @@ KT_INLINE void finish_sums(const void* shared, int warps, int tokens, const Fini
 }
 
 // The body of every dense kernel: tile `blockIdx.x` of `Finish::kRows` rows and, `second` rows behind each of the first eight,
-// eight more: the other half of the tile, or up beside gate. `waited`: the kernel before has been waited for.
+// eight more: the other half of the tile, or up beside gate.
 template <int F, bool Wide, class Finish>
-KT_INLINE void skinny_gemm(const void* w, int rows, int second, const Stored& x, const Cut& cut, Finish finish, bool waited = false) {
+KT_INLINE void skinny_gemm(const void* w, int rows, int second, const Stored& x, const Cut& cut, Finish finish) {
   KT_LAUNCH_SHARED(uint4, shared);
   const Lane lane;
   const int begin = cut.begin(lane.warp), end = cut.begin(lane.warp + 1), first = blockIdx.x * Finish::kRows;
   const Rows at(w, first, first + second, rows, x.row_bytes, lane);
-  const Ring ring(shared, lane.warp, x.tokens);
+  const Ring ring(shared, lane.warp, x.tokens, cut.stages);
   float d[2][4] = {}, upper[2][4] = {};
   fetch_first(ring, at, begin, end, x.row_bytes, lane);
   finish.prepare(first + (int)threadIdx.x / cut.slices % Finish::kPairs * 2, threadIdx.x / cut.slices / Finish::kPairs, x.tokens);
-  if (!waited) grid_wait();
+  grid_wait();
   multiply_share<F, Wide>(d, upper, ring, at, x, begin, end, true, lane);
-  float* sums = sums_of(shared, lane.warp, x.tokens);
+  float* sums = sums_of(shared, lane.warp, x.tokens, cut.stages);
   __syncwarp();  // every lane has read what the sums overwrite
   put_sums(sums, d, 0, lane);
   if constexpr (Wide) put_sums(sums, upper, 8, lane);
   __syncthreads();
-  finish_sums<Finish::kPairs>(shared, cut.slices, x.tokens, finish);
+  finish_sums<Finish::kPairs>(shared, cut, x.tokens, finish);
 }
 
 // One number for all rows (step 0) or one per row (step 1); none at all is 1.

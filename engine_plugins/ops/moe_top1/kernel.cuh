@@ -1,8 +1,7 @@
-// moe_top1 on the GPU: three kernels: the routing, then FC13 and FC2 for the shared expert and every distinct routed one at once.
+// moe_top1 on the GPU: the routing, FC13 of the shared expert, FC13 of every distinct routed one, and FC2 of all.
 //
 // What it is: each chosen expert's weights are read once, however many tokens chose it (the others' columns are zero in mma). The
-// shared expert's weights are fetched before the wait; a routed expert is not known then. The score multiplies the
-// activation before it is rounded to E4M3, as the checkpoint was calibrated.
+// score multiplies the activation before it is rounded to E4M3, as the checkpoint was calibrated.
 // What it refuses to be: top-k, or expert parallel.
 // Run it: compiled by engine_plugins/ops/compile.py; emulated by tests/engine_plugins/test_gpu_ops.py.
 #pragma once
@@ -60,20 +59,25 @@ struct GatedOfExpert {  // the same epilogue, for the tokens that chose this exp
   }
 };
 
-// Grid (tiles of F, 1 + tokens): row 0 is the shared expert, row s the s-th distinct routed one, if there is one.
-KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc13_kernel(Moe a, Cut cut) {
-  if (blockIdx.y == 0) {
+// Grid (tiles of F, slots from `first` on): slot 0 is the shared expert, slot s the s-th distinct routed one, if there is one. The
+// shared expert goes first, in a launch of its own: behind it the routing was made two kernels before, so that the routed
+// experts' weights need not wait.
+KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc13_kernel(Moe a, int first, Cut cut) {
+  const int slot = first + blockIdx.y;
+  if (slot == 0) {
     const Stored x{a.x8_MK, a.tokens, a.hidden};
     skinny_gemm<kE4m3, false>(a.shared13_2FK, 2 * a.width, a.width, x, cut, Gated<kE4m3>{{a.shared13_scale_2F, 1}, a.inv_scale_3 + 1, a.shared_h_MF, a.width});
     return;
   }
-  grid_wait();
-  const int expert = a.chosen_S[blockIdx.y - 1];
-  if (expert < 0) return;  // which lets the next kernel start as well
+  const int expert = ((volatile const int*)a.chosen_S)[slot - 1];
+  if (expert < 0) {
+    grid_wait();
+    return;
+  }
   const Stored x{a.routed_x_MK, a.tokens, a.hidden, a.expert_M, expert};
   const Gated<kE4m3> gated{{a.routed13_scale_E2F + (long long)expert * 2 * a.width, 1}, a.inv_scale_3 + 2, a.routed_h_MF, a.width};
   skinny_gemm<kE4m3, false>(a.routed13_E2FK + (long long)expert * 2 * a.width * a.hidden, 2 * a.width, a.width, x, cut,
-                            GatedOfExpert{gated, a.expert_M, expert}, true);
+                            GatedOfExpert{gated, a.expert_M, expert});
 }
 
 // y = shared FC2 + routed FC2. A warp's shares of the shared expert's rows and of each routed one's are one stream of chunks.
@@ -81,10 +85,11 @@ KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc2_kernel(Moe a, Cut cut) {
   KT_LAUNCH_SHARED(uint4, shared);
   const Lane lane;
   const int begin = cut.begin(lane.warp), share = cut.begin(lane.warp + 1) - begin, first = blockIdx.x * ScaledBf16::kRows;
-  const Ring ring(shared, lane.warp, a.tokens);
+  const Ring ring(shared, lane.warp, a.tokens, cut.stages);
   const Rows of_shared(a.shared2_KF, first, first + 8, a.hidden, a.width, lane), of_routed(a.routed2_EKF, first, first + 8, a.hidden, a.width, lane);
-  // The routing was made two kernels before. Lane s holds the expert of slot s; slot 0 is the shared one.
-  const int chosen = lane.id >= 1 && lane.id <= a.tokens ? a.chosen_S[lane.id - 1] : -1, own = lane.group < a.tokens ? a.expert_M[lane.group] : -2;
+  // The routing was made three kernels before. Lane s holds the expert of slot s; slot 0 is the shared one.
+  const volatile int *chosen_S = a.chosen_S, *expert_M = a.expert_M;
+  const int chosen = lane.id >= 1 && lane.id <= a.tokens ? chosen_S[lane.id - 1] : -1, own = lane.group < a.tokens ? expert_M[lane.group] : -2;
   int slots = 1;
   while (slots <= a.tokens && __shfl_sync(0xFFFFFFFFu, chosen, slots) >= 0) ++slots;
   const int total = slots * share, mine = lane_end(begin + share, a.width, lane) - begin;
@@ -143,9 +148,9 @@ KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc2_kernel(Moe a, Cut cut) {
     ++slot;
   }
   __syncwarp();
-  put_sums(sums_of(shared, lane.warp, a.tokens), sum, 0, lane);
+  put_sums(sums_of(shared, lane.warp, a.tokens, cut.stages), sum, 0, lane);
   __syncthreads();
-  finish_sums<ScaledBf16::kPairs>(shared, cut.slices, a.tokens, finish);
+  finish_sums<ScaledBf16::kPairs>(shared, cut, a.tokens, finish);
 }
 
 }  // namespace kilotok

@@ -390,6 +390,7 @@ inline bool load_flagged(const void* at, uint32_t epoch, uint32_t& first, uint32
 
 template <class... Wanted, class... Given>
 int launch(void (*kernel)(Wanted...), dim3 grid, int threads, int shared, unsigned cluster, void*, Given... given) {
+  if (shared > 227 << 10) emulator::fail("more shared memory than a block may have");
   emulator::queue.push_back({grid, threads, (size_t)shared, cluster, [=] { kernel(Wanted(given)...); }});
   if (!emulator::together) emulator::run_queue();
   return emulator::error.empty() ? 0 : 1;
