@@ -15,6 +15,7 @@ from torch.library import opcheck
 
 from engine_plugins.ops import library
 from engine_plugins.ops.allreduce_rmsnorm.reference import allreduce_rmsnorm, allreduce_rmsnorm_of_group
+from engine_plugins.ops.cuda.launch import symmetric_inboxes
 from specs.errors import InputError
 from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal, uniform
 
@@ -122,3 +123,24 @@ def _rank(rank: int, ranks: int, file: str) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_allreduce_over_processes(ranks: int, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (ranks, str(tmp_path / "rendezvous")), nprocs=ranks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_inboxes_in_symmetric_memory(tmp_path: Path) -> None:
+    """One rank, because one GPU: the rendezvous, and an all-reduce whose addresses it gave."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        inboxes, kept = symmetric_inboxes(32, torch.distributed.group.WORLD)
+        assert inboxes.tolist() == [kept.data_ptr()]
+        part, residual, weight = (
+            normal(3, 32).bfloat16(),
+            normal(3, 32, seed=9).bfloat16(),
+            uniform(32, low=0.5, high=2.0),
+        )
+        tensors = [t.cuda() for t in (part, residual, weight)]
+        epoch, inverse = torch.zeros(8, dtype=torch.int32).cuda(), torch.tensor([100.0]).cuda()
+        _, y, _ = torch.ops.kilotok.allreduce_rmsnorm(*tensors, inboxes, epoch, 0, 1e-5, inverse)
+        expected, _ = allreduce_rmsnorm([part.float()], residual.float(), weight, 1e-5)
+        assert_within_one_step(y.cpu(), expected, 1e-4)
+    finally:
+        torch.distributed.destroy_process_group()

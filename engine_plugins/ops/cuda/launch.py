@@ -65,6 +65,18 @@ def inbox_bytes(ranks: int, hidden: int) -> int:
     return 2 * ranks * INBOX_TOKENS * hidden * 4
 
 
+def symmetric_inboxes(hidden: int, group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every rank's inbox in memory that the GPUs of a process group map for each other (NVLink): their addresses,
+    int64 [R], for `allreduce_rmsnorm`, and this rank's own, which must be kept. A collective call."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    mine = symmetric.empty(inbox_bytes(group.size(), hidden), dtype=torch.uint8, device=torch.device("cuda"))
+    mine.zero_()
+    handle = symmetric.rendezvous(mine, group)
+    handle.barrier()  # no peer may push into an inbox that is not zero yet
+    return torch.tensor(list(handle.buffer_ptrs), device="cuda"), mine
+
+
 class CudaLibrary:
     """The shared library of one architecture."""
 
