@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine_plugins.native.bundle import Bundle
 from engine_plugins.native.checkpoint import DraftConfig, ModelConfig
-from engine_plugins.native.gpu_kernels import DONE, Positioning, place_qkv, silu_mul, to_e4m3
+from engine_plugins.native.gpu_kernels import Positioning, place_qkv, silu_mul, to_e4m3
 from engine_plugins.native.gpu_weights import Matrix, WeightFile, one_scale
 from engine_plugins.ops import library  # noqa: F401  registers torch.ops.kilotok
 from specs.errors import InputError
@@ -160,7 +160,8 @@ class Target:
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x8, x, residual = self._norm(part, residual, layer.input_norm, layer.qkv.inv_scale)
             captured[index - 1] = residual
-            part = linear(layer.o, None, self._attention(layer, cache, rows, x8, x))
+            attended = self._attention(layer, cache, rows, x8, x)
+            part = linear(layer.o, attended if layer.o.fp8 else None, attended)
             x8, x, residual = self._norm(part, residual, layer.post_norm, layer.gate_up.inv_scale)
             part = layer.moe(x8, x) if layer.moe else gated(layer.gate_up, layer.down, x8, x)
         _, hidden, residual = self._norm(part, residual, self.norm_weight)
@@ -176,18 +177,19 @@ class Target:
         c, matrix = self.config, layer.qkv
         table = self._table if layer.rope else None
         floor_scale = 0.0 if layer.rope else self._floor_scale
-        if matrix.fp8 and not (layer.rope and self._qk_norm_eps):
-            widths = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.head_dim
-            temperature = floor_scale, c.attn_scale
-            qkv = ops.qkv_attn_scaling(x8, matrix.weight, matrix.scale, rows.position, table, *widths, *temperature)
-            how = DONE
+        widths = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.head_dim
+        temperature, norm_eps = (floor_scale, c.attn_scale), self._qk_norm_eps if layer.rope else 0.0
+        if matrix.fp8 and self.fp8_cache and not norm_eps:
+            weights = x8, matrix.weight, matrix.scale, rows.position, table
+            qkv = ops.qkv_attn_scaling_cache(*weights, *widths, *temperature, cache.k, cache.v, *cache.inv_scales)
+            q_MHD = qkv[:, : widths[0]].unflatten(1, (-1, c.head_dim))
         else:
+            how = Positioning(table, norm_eps, *temperature)
             qkv = linear(matrix, x8, x)
-            how = Positioning(table, self._qk_norm_eps if layer.rope else 0.0, floor_scale, c.attn_scale)
-        q_MHD = place_qkv(qkv, cache.k, cache.v, rows.position, rows.write, cache.inv_scales, how)
+            q_MHD = place_qkv(qkv, cache.k, cache.v, rows.position, rows.write, cache.inv_scales, how)
         chunk = c.attention_chunk_size if layer.rope else 0
-        scales = cache.k_scale, cache.v_scale
-        return ops.attention_decode(q_MHD, cache.k, cache.v, rows.position, *scales, chunk).flatten(1)
+        settings = cache.k_scale, cache.v_scale, chunk, layer.o.inv_scale if layer.o.fp8 else None
+        return ops.attention_decode(q_MHD, cache.k, cache.v, rows.position, *settings).flatten(1)
 
 
 class Draft:

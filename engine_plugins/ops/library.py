@@ -98,7 +98,7 @@ def _define(cpu: Callable[..., Any], axes: Callable[..., dict[str, int]], fake: 
 
 
 def _gpu_function(folder: str, name: str, arguments: tuple[Any, ...]) -> tuple[str, Callable[..., Any] | None]:
-    compiled = name != "attention_decode" or arguments[0].shape[-1] == HEAD_DIM
+    compiled = name != "attention_decode" or (arguments[0].shape[-1] == HEAD_DIM and arguments[1].dtype == E4M3)
     if _cuda is not None and hasattr(_cuda, name) and compiled:
         return "cuda", getattr(_cuda, name)
     if importlib.util.find_spec("triton"):

@@ -44,10 +44,11 @@ KERNELS: tuple[tuple[Any, str, dict[str, Any]], ...] = (
     (allreduce_kernel, "iifli8bbfnns", {"RANKS": 8, "TOKENS": 8, "BLOCK_W": 4096, "PUSH": True, "REDUCE": True}),
     (
         split_kernel,
-        "b88lffnnsn",
+        "b88lffnnnsn",
         {"GROUP": 5, "D": 128, "SPLITS": 16, "BLOCK_R": 32, "BLOCK_M": 4, "BLOCK_S": 64},
     ),
-    (combine_kernel, "ffbs", {"D": 128, "SPLITS": 16}),
+    (combine_kernel, "ffbsf", {"D": 128, "SPLITS": 16, "ROUND": False}),
+    (combine_kernel, "ff8sf", {"D": 128, "SPLITS": 16, "ROUND": True}),
     (best_kernel, "bfinn", {"SPLITS": 32, "BLOCK_V": 1024}),
     (greedy_kernel, "filli", {"K": 3, "SPLITS": 32}),
     (mass_kernel, "fffnn", VERIFY),

@@ -225,7 +225,9 @@ def test_what_ran_is_said(bundle_of: Callable[[str], Path], device: str, open_en
     engine.generate([tokens(12)], GREEDY)
     counters = engine.counters()
     assert counters["backend"] == device
-    assert {"qkv_attn_scaling", "fc13_swiglu", "moe_top1", "router", "verify_greedy"} | OPS <= set(counters["served"])
+    assert {"qkv_attn_scaling_cache", "fc13_swiglu", "moe_top1", "router", "verify_greedy"} | OPS <= set(
+        counters["served"]
+    )
     allowed = {"cuda", "triton"} if device == "cuda" else {"reference"}
     assert {by for op in counters["served"].values() for by in op} <= allowed
     assert counters["cycles"] > 5 and counters["seconds"] > 0 and counters["decode_rows"] > 24

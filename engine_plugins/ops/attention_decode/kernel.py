@@ -14,15 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from engine_plugins.ops.formats import E4M3_MAX
-from engine_plugins.ops.tiles import dot, to_bf16
+from engine_plugins.ops.tiles import dot, to_bf16, to_e4m3
 
 SPLITS, BLOCK_S = 16, 64
 
 
 @triton.jit
 def split_kernel(
-    q, k, v, position, sums, stats, M, G, score_scale, chunk, GROUP: tl.constexpr, D: tl.constexpr,
+    q, k, v, position, sums, stats, M, G, q_stride, score_scale, chunk, GROUP: tl.constexpr, D: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     head, split = tl.program_id(0), tl.program_id(1)
@@ -35,7 +34,8 @@ def split_kernel(
     per = tl.cdiv(tl.cdiv(last + 1 - first, SPLITS), BLOCK_S) * BLOCK_S
     at = tl.load(position + r // GROUP, mask=live, other=-1)
     row = (r // GROUP) * (G * GROUP) + head * GROUP + r % GROUP
-    query = tl.load(q + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
+    of_row = (r // GROUP) * q_stride + (head * GROUP + r % GROUP) * D
+    query = tl.load(q + of_row[:, None] + d[None, :], mask=live[:, None], other=0.0)
     top = tl.full((BLOCK_R,), -float("inf"), tl.float32)
     mass, total = tl.zeros((BLOCK_R,), tl.float32), tl.zeros((BLOCK_R, D), tl.float32)
     end = tl.minimum(first + (split + 1) * per, last + 1)
@@ -63,12 +63,18 @@ def split_kernel(
 
 
 @triton.jit
-def combine_kernel(sums, stats, out, v_scale, D: tl.constexpr, SPLITS: tl.constexpr):
+def combine_kernel(
+    sums, stats, out, v_scale, inv_out_scale, D: tl.constexpr, SPLITS: tl.constexpr, ROUND: tl.constexpr
+):
     row, d, s = tl.program_id(0), tl.arange(0, D), tl.arange(0, SPLITS)
     top, mass = tl.load(stats + (row * SPLITS + s) * 2), tl.load(stats + (row * SPLITS + s) * 2 + 1)
     factor = tl.exp(top - tl.max(top, axis=0))
     total = tl.sum(tl.load(sums + (row * SPLITS + s)[:, None] * D + d[None, :]) * factor[:, None], axis=0)
-    tl.store(out + row * D + d, to_bf16(total / tl.sum(mass * factor, axis=0) * v_scale))
+    y = total / tl.sum(mass * factor, axis=0) * v_scale
+    if ROUND:
+        tl.store(out + row * D + d, to_e4m3(y * tl.load(inv_out_scale)))
+    else:
+        tl.store(out + row * D + d, to_bf16(y))
 
 
 def attention_decode(
@@ -81,14 +87,14 @@ def attention_decode(
     chunk_size: int,
     inv_out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """BF16 [M, H, D], or E4M3 with `inv_out_scale` [1]; keys and values are E4M3 in units of their scales."""
+    """BF16 [M, H, D], or E4M3 with `inv_out_scale` [1]; keys and values are E4M3 in units of their scales.
+    `q_MHD` may be a slice of wider rows."""
     (M, H, D), G = q_MHD.shape, k_SGD.shape[1]
-    q_MHD = q_MHD.contiguous()
     sums = torch.empty((M * H, SPLITS, D), dtype=torch.float32, device=q_MHD.device)
     stats = torch.empty((M * H, SPLITS, 2), dtype=torch.float32, device=q_MHD.device)
-    out_MHD = torch.empty_like(q_MHD)
+    out_MHD = q_MHD.new_empty((M, H, D), dtype=torch.bfloat16 if inv_out_scale is None else torch.float8_e4m3fn)
     split_kernel[(G, SPLITS)](
-        *(q_MHD, k_SGD, v_SGD, position_M, sums, stats, M, G, D**-0.5 * k_scale, chunk_size),
+        *(q_MHD, k_SGD, v_SGD, position_M, sums, stats, M, G, q_MHD.stride(0), D**-0.5 * k_scale, chunk_size),
         GROUP=H // G,
         D=D,
         SPLITS=SPLITS,
@@ -96,7 +102,7 @@ def attention_decode(
         BLOCK_M=triton.next_power_of_2(M),
         BLOCK_S=BLOCK_S,
     )
-    combine_kernel[(M * H,)](sums, stats, out_MHD, v_scale, D=D, SPLITS=SPLITS)
-    if inv_out_scale is None:
-        return out_MHD
-    return (out_MHD.float() * inv_out_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    inverse = stats if inv_out_scale is None else inv_out_scale
+    rounded = inv_out_scale is not None
+    combine_kernel[(M * H,)](sums, stats, out_MHD, v_scale, inverse, D=D, SPLITS=SPLITS, ROUND=rounded)
+    return out_MHD
