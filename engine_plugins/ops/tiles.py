@@ -48,19 +48,21 @@ def scale_step(scale: torch.Tensor | None) -> int:
 # Rounded here rather than by the cast, which then is exact: Triton's interpreter cuts bits off, a GPU rounds.
 @triton.jit
 def to_bf16(x):
-    """Nearest BF16, ties to even."""
+    """Nearest BF16, ties to even; what is not a number stays so (a GPU's NaN, all ones, would round to -0)."""
     bits = x.to(tl.int32, bitcast=True)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(x == x, nearest, x).to(tl.bfloat16)
 
 
 @triton.jit
 def to_e4m3(x):
     """Nearest E4M3, ties to even, saturating; what is not a number stays so."""
-    x = tl.where(x == x, tl.minimum(tl.maximum(x, -448.0), 448.0), x)
-    bits = x.to(tl.int32, bitcast=True)
+    inside = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    bits = inside.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    subnormal = (x + 24576.0) - 24576.0  # fp32 keeps steps of 2^-9 there, E4M3's smallest
-    return tl.where(tl.abs(x) < 0.015625, subnormal, normal).to(tl.float8e4nv)
+    subnormal = (inside + 24576.0) - 24576.0  # fp32 keeps steps of 2^-9 there, E4M3's smallest
+    nearest = tl.where(tl.abs(inside) < 0.015625, subnormal, normal)
+    return tl.where(x == x, nearest, x).to(tl.float8e4nv)
 
 
 @triton.jit

@@ -101,8 +101,7 @@ int kt_router(const void* x, const void* w, float* logits_ME, int tokens, int ex
 int kt_moe_top1(const Moe* arguments, void* stream) {
   const Moe& a = *arguments;
   int failed = launch(moe_route_kernel, dim3(a.tokens), kRouteThreads, 0, 1, stream, a);
-  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, 1, 1, stream, a, 0);
-  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, a.tokens, 1, stream, a, 1);
+  if (!failed) failed = launch_cut<GatedOfExpert>(moe_fc13_kernel, a.hidden, a.tokens, a.width, 1 + a.tokens, 1, stream, a);
   if (failed) return failed;
   return launch_cut<ScaledBf16>(moe_fc2_kernel, a.width, a.tokens, a.hidden, 1, 1 + a.tokens, stream, a);
 }

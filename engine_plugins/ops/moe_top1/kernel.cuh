@@ -1,4 +1,4 @@
-// moe_top1 on the GPU: the routing, FC13 of the shared expert, FC13 of every distinct routed one, and FC2 of all.
+// moe_top1 on the GPU: the routing, then FC13 and FC2 of the shared expert and of every distinct routed one at once.
 //
 // What it is: each chosen expert's weights are read once, however many tokens chose it (the others' columns are zero in mma). The
 // score multiplies the activation before it is rounded to E4M3, as the checkpoint was calibrated.
@@ -59,21 +59,17 @@ struct GatedOfExpert {  // the same epilogue, for the tokens that chose this exp
   }
 };
 
-// Grid (tiles of F, slots from `first` on): slot 0 is the shared expert, slot s the s-th distinct routed one, if there is one. The
-// shared expert goes first, in a launch of its own: behind it the routing was made two kernels before, so that the routed
-// experts' weights need not wait.
-KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc13_kernel(Moe a, int first, Cut cut) {
-  const int slot = first + blockIdx.y;
-  if (slot == 0) {
+// Grid (tiles of F, 1 + tokens): row 0 is the shared expert, row s the s-th distinct routed one, if there is one. Two launches, so
+// that the routing lies two kernels before the routed experts' and their weights need not wait, took 47 us more of a cycle.
+KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc13_kernel(Moe a, Cut cut) {
+  if (blockIdx.y == 0) {
     const Stored x{a.x8_MK, a.tokens, a.hidden};
     skinny_gemm<kE4m3, false>(a.shared13_2FK, 2 * a.width, a.width, x, cut, Gated<kE4m3>{{a.shared13_scale_2F, 1}, a.inv_scale_3 + 1, a.shared_h_MF, a.width});
     return;
   }
-  const int expert = ((volatile const int*)a.chosen_S)[slot - 1];
-  if (expert < 0) {
-    grid_wait();
-    return;
-  }
+  grid_wait();
+  const int expert = ((volatile const int*)a.chosen_S)[blockIdx.y - 1];
+  if (expert < 0) return;
   const Stored x{a.routed_x_MK, a.tokens, a.hidden, a.expert_M, expert};
   const Gated<kE4m3> gated{{a.routed13_scale_E2F + (long long)expert * 2 * a.width, 1}, a.inv_scale_3 + 2, a.routed_h_MF, a.width};
   skinny_gemm<kE4m3, false>(a.routed13_E2FK + (long long)expert * 2 * a.width * a.hidden, 2 * a.width, a.width, x, cut,
@@ -87,7 +83,7 @@ KT_KERNEL(kWarp * kMaxWarps, 1) moe_fc2_kernel(Moe a, Cut cut) {
   const int begin = cut.begin(lane.warp), share = cut.begin(lane.warp + 1) - begin, first = blockIdx.x * ScaledBf16::kRows;
   const Ring ring(shared, lane.warp, a.tokens, cut.stages);
   const Rows of_shared(a.shared2_KF, first, first + 8, a.hidden, a.width, lane), of_routed(a.routed2_EKF, first, first + 8, a.hidden, a.width, lane);
-  // The routing was made three kernels before. Lane s holds the expert of slot s; slot 0 is the shared one.
+  // The routing was made two kernels before. Lane s holds the expert of slot s; slot 0 is the shared one.
   const volatile int *chosen_S = a.chosen_S, *expert_M = a.expert_M;
   const int chosen = lane.id >= 1 && lane.id <= a.tokens ? chosen_S[lane.id - 1] : -1, own = lane.group < a.tokens ? expert_M[lane.group] : -2;
   int slots = 1;
