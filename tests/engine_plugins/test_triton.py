@@ -8,8 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from engine_plugins.native import gpu_kernels
 from engine_plugins.ops.attention_decode.reference import attention_decode as attention_reference
@@ -19,8 +17,10 @@ from tests.engine_plugins import devices  # noqa: F401  sets TRITON_INTERPRET be
 from tests.engine_plugins.formats import E4M3, assert_within_one_step, codes, normal
 
 from engine_plugins.native import gpu_triton  # isort: skip
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
 from engine_plugins.ops.attention_decode.kernel import attention_decode  # isort: skip
-from engine_plugins.ops.tiles import to_bf16, to_e4m3  # isort: skip
+from engine_plugins.ops.tiles import to_bf16  # isort: skip
 from engine_plugins.ops.verify.kernel import verify_greedy, verify_sampling  # isort: skip
 
 
@@ -58,20 +58,17 @@ def test_attention_survives_scores_that_overflow_exp() -> None:
 
 
 @triton.jit
-def round_kernel(x, as_bf16, as_e4m3, N: tl.constexpr):
-    i = tl.arange(0, N)
-    tl.store(as_bf16 + i, to_bf16(tl.load(x + i)))
-    tl.store(as_e4m3 + i, to_e4m3(tl.load(x + i)))
+def round_kernel(x, y, N: tl.constexpr):
+    tl.store(y + tl.arange(0, N), to_bf16(tl.load(x + tl.arange(0, N))))
 
 
-def test_what_is_not_a_number_stays_so_in_every_format() -> None:
-    """Any NaN, a GPU's own with all bits set too; the engine ends a request by it."""
+def test_what_is_not_a_number_stays_so() -> None:
+    """Any NaN, a GPU's own with all bits set too: the engine ends a request by it. (E4M3's is the GPU's own cast.)"""
     x = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x3F800000], dtype=torch.int32).view(torch.float32)
-    as_bf16, as_e4m3 = x.bfloat16(), torch.zeros(4).to(E4M3)
-    round_kernel[(1,)](x, as_bf16, as_e4m3, N=4)
-    for y in (as_bf16.float(), as_e4m3.float()):
-        assert y.isnan().tolist() == [True, True, True, False]
-        assert y[3] == 1.0
+    y = x.bfloat16()
+    round_kernel[(1,)](x, y, N=4)
+    assert y.isnan().tolist() == [True, True, True, False]
+    assert y[3] == 1.0
 
 
 @pytest.mark.parametrize("vocab", [2, 1000, 5003])
