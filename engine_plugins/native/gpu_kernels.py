@@ -26,15 +26,12 @@ E4M3 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Positioning:
-    """What is still to be done to a row's heads: nothing by default, when the GEMM's epilogue has done it."""
+    """What is still to be done to a row's heads; nothing by default."""
 
     cos_sin_SP2: Tensor | None = None  # rotate queries and keys
     norm_eps: float = 0.0  # above 0: normalize queries and keys after that
     floor_scale: float = 0.0  # above 0: scale queries by their position
     attn_scale: float = 0.0
-
-
-DONE = Positioning()
 
 
 class Settled(NamedTuple):
@@ -74,7 +71,7 @@ def place_qkv(
     position_M: Tensor,
     write_M: Tensor,
     inv_scales: tuple[float, float],
-    how: Positioning = DONE,
+    how: Positioning,
 ) -> Tensor:
     """Rows [q | k | v] -> BF16 queries [M, H, D]; keys and values to rows `write_M` of the caches, in their format."""
     if qkv_MN.is_cuda:

@@ -39,12 +39,12 @@ KT_INLINE int lane_end(int end, int row_bytes, const Lane& lane) {
 // A lane's two rows of a tile. A row behind the last is the last again: its sums are dropped.
 struct Rows {
   const uint8_t* low;
-  int to_high;  // bytes
+  long long to_high;  // bytes
   KT_INLINE Rows(const void* w, int first, int second, int rows, int row_bytes, const Lane& lane) {
     first = first + lane.group < rows ? first + lane.group : rows - 1;
     second = second + lane.group < rows ? second + lane.group : rows - 1;
     low = (const uint8_t*)w + (long long)first * row_bytes + lane.member * 16;
-    to_high = (second - first) * row_bytes;
+    to_high = (long long)(second - first) * row_bytes;
   }
 };
 
@@ -100,10 +100,10 @@ KT_INLINE void multiply(float (&d)[2][4], const uint4& low, const uint4& high, c
 }
 
 // One warp's share of a tile: d += rows times tokens over chunks [begin, end). With `Wide`, `upper` takes tokens 8 to 15.
-// `first_fetched`: the first kStages chunks of weights are on their way already.
+// The ring's first chunks of weights are on their way already.
 template <int F, bool Wide>
 KT_INLINE void multiply_share(float (&d)[2][4], float (&upper)[2][4], const Ring& ring, const Rows& rows, const Stored& x, int begin, int end,
-                              bool first_fetched, const Lane& lane) {
+                              const Lane& lane) {
   const int mine = lane_end(end, x.row_bytes, lane);
   const bool has = x.has(lane.group), has_upper = Wide && x.has(lane.group + 8);
   auto fetch_tokens = [&](int i, int chunk) {
@@ -112,7 +112,6 @@ KT_INLINE void multiply_share(float (&d)[2][4], float (&upper)[2][4], const Ring
   };
 #pragma unroll
   for (int i = 0; i < kStages; ++i) {
-    if (begin + i < mine && !first_fetched) ring.fetch(i, rows, begin + i, lane);
     if (begin + i < mine) fetch_tokens(i, begin + i);
     stage_commit();
   }
@@ -130,13 +129,6 @@ KT_INLINE void multiply_share(float (&d)[2][4], float (&upper)[2][4], const Ring
     stage_commit();
     i = i + 1 == kStages ? 0 : i + 1;
   }
-}
-
-KT_INLINE void fetch_first(const Ring& ring, const Rows& rows, int begin, int end, int row_bytes, const Lane& lane) {
-  const int mine = lane_end(end, row_bytes, lane);
-#pragma unroll
-  for (int i = 0; i < kStages; ++i)
-    if (begin + i < mine) ring.fetch(i, rows, begin + i, lane);
 }
 
 // In its own ring, two banks further than the warp before, because the lanes of a warp read the same place of all.
@@ -180,10 +172,13 @@ KT_INLINE void skinny_gemm(const void* w, int rows, int second, const Stored& x,
   const Rows at(w, first, first + second, rows, x.row_bytes, lane);
   const Ring ring(shared, lane.warp, x.tokens, cut.stages);
   float d[2][4] = {}, upper[2][4] = {};
-  fetch_first(ring, at, begin, end, x.row_bytes, lane);
+  const int mine = lane_end(end, x.row_bytes, lane);
+#pragma unroll
+  for (int i = 0; i < kStages; ++i)
+    if (begin + i < mine) ring.fetch(i, at, begin + i, lane);
   finish.prepare(first + (int)threadIdx.x / cut.slices % Finish::kPairs * 2, threadIdx.x / cut.slices / Finish::kPairs, x.tokens);
   grid_wait();
-  multiply_share<F, Wide>(d, upper, ring, at, x, begin, end, true, lane);
+  multiply_share<F, Wide>(d, upper, ring, at, x, begin, end, lane);
   float* sums = sums_of(shared, lane.warp, x.tokens, cut.stages);
   __syncwarp();  // every lane has read what the sums overwrite
   put_sums(sums, d, 0, lane);
