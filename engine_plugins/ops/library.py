@@ -2,9 +2,9 @@
 
 What it is: for each op a CPU implementation (the reference), one for CUDA tensors (the compiled library, else Triton,
 else the reference with a warning) and a fake one for tracing. On a GPU none synchronizes or reads a size from the
-device, so all can be captured in a CUDA graph. `served` counts which implementation really ran. The compiled kernels read
-weights, scales, positions and older rows of a cache before the kernel in front of them has ended: on one stream those must
-be older than that kernel.
+device, so all can be captured in a CUDA graph. `served` counts which implementation really ran. The compiled kernels
+read weights, scales, positions and older rows of a cache before the kernel in front of them has ended: on one stream
+those must be older than that kernel.
 What it refuses to be: an engine, or tied to one; any process that has the package installed may import it.
 Run it: `python -m pytest tests/engine_plugins/test_library.py`.
 Legend: M tokens, N outputs, K inputs, F intermediate, E experts, H hidden or heads, G kv heads, D head size, S
