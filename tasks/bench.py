@@ -3,7 +3,7 @@
 What it is: calls captured in a CUDA graph and replayed. `cold_us` rotates over more weights than the L2 cache holds,
 `warm_us` reads one set again and again. Both are per call in a row of calls, so that a start may hide behind the call
 before, as in a cycle.
-What it refuses to be: an estimate. Without a GPU it exits 2. Nobody has run it on one yet.
+What it refuses to be: an estimate. Without a GPU it exits 2.
 Run it: `kilotok bench ops --device cuda`.
 """
 

@@ -3,7 +3,7 @@
 What it is: every operator of every layer of rank 0, random weights, in order, as one CUDA graph; then each operator's
 calls as a graph of their own, against the bytes they must read. Inputs are fixed: no call uses another's numbers.
 What it refuses to be: a speed of the model. All-reduces have no peers here; `kilotok predict` adds their time.
-Nobody has run it on a GPU yet. Run it: `kilotok bench slice --spec llama4-maverick-b200`.
+Run it: `kilotok bench slice --spec llama4-maverick-b200`.
 """
 
 from __future__ import annotations
