@@ -25,7 +25,8 @@ from tasks.train_draft.unroll import Unroller
 from tests.tasks.draft_jobs import ALONE, TRAINING, make_job, make_model, make_trainer, write_answers
 from tests.tasks.random_checkpoints import write_checkpoint
 
-FORK = multiprocessing.get_context("fork")
+FORK = multiprocessing.get_context("forkserver")  # this process has torch's threads, which a fork would lose
+FORK.set_forkserver_preload(["torch", "transformers", "modelopt.torch.quantization", "pandas", "tasks.runner"])
 TINY = Path(__file__).resolve().parents[2] / "specs" / "tiny-llama4-cpu.yaml"
 PAIR = {"nodes": 1, "processes_per_node": 2}
 
@@ -61,7 +62,7 @@ def share(rank: int, port: int, source: Path, answers: Path, scratch: Path, last
 
 
 def forked(target: Callable[..., Any], *arguments: Any, count: int = 1) -> list[int | None]:
-    """Exit statuses of so many processes; a fork has torch imported already."""
+    """Exit statuses of so many processes, forked from a server that has torch imported already."""
     port = free_port("127.0.0.1")
     processes = [FORK.Process(target=target, args=(rank, port, *arguments)) for rank in range(count)]
     for process in processes:
