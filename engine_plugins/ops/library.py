@@ -145,9 +145,8 @@ def _qkv_attn_scaling(
     floor_scale: float,
     attn_scale: float,
 ) -> Tensor:
-    return _positioned(
-        x_MK, w_NK, scale, position_M, cos_sin_SP2, q_rows, k_rows, head_dim, floor_scale, attn_scale
-    ).bfloat16()
+    y_MN, widths = _product(x_MK, w_NK, scale), (q_rows, k_rows, head_dim)
+    return _positioned(y_MN, position_M, cos_sin_SP2, widths, (floor_scale, attn_scale)).bfloat16()
 
 
 def _qkv_attn_scaling_cache(
@@ -167,31 +166,26 @@ def _qkv_attn_scaling_cache(
     inv_v_scale: float,
 ) -> Tensor:
     """Also writes keys and values, times their inverse scales, at their positions of an E4M3 cache."""
-    y_MN = _positioned(x_MK, w_NK, scale, position_M, cos_sin_SP2, q_rows, k_rows, head_dim, floor_scale, attn_scale)
+    y_MN, widths = _product(x_MK, w_NK, scale), (q_rows, k_rows, head_dim)
+    y_MN = _positioned(y_MN, position_M, cos_sin_SP2, widths, (floor_scale, attn_scale))
     write_cache(y_MN[:, q_rows:], position_M, (k_SGD, v_SGD), (inv_k_scale, inv_v_scale))
     return y_MN.bfloat16()
 
 
 def _positioned(
-    x_MK: Tensor,
-    w_NK: Tensor,
-    scale: Tensor | None,
+    y_MN: Tensor,
     position_M: Tensor | None,
     cos_sin_SP2: Tensor | None,
-    q_rows: int,
-    k_rows: int,
-    head_dim: int,
-    floor_scale: float,
-    attn_scale: float,
+    widths: tuple[int, int, int],
+    temperature: tuple[float, float],
 ) -> Tensor:
-    heads_MHD = _product(x_MK, w_NK, scale).unflatten(1, (-1, head_dim))
-    q_heads, k_heads = q_rows // head_dim, k_rows // head_dim
+    q_heads, k_heads, heads_MHD = widths[0] // widths[2], widths[1] // widths[2], y_MN.unflatten(1, (-1, widths[2]))
     if cos_sin_SP2 is not None and position_M is not None:
         cos, sin = cos_sin_SP2[position_M][:, None].unbind(-1)
         turned = rotate(heads_MHD[:, : q_heads + k_heads], cos, sin, interleaved=True)
         heads_MHD = torch.cat((turned, heads_MHD[:, q_heads + k_heads :]), dim=1)
-    if floor_scale > 0 and position_M is not None:
-        heads_MHD[:, :q_heads] *= attention_temperature(position_M, floor_scale, attn_scale)[:, None, None]
+    if temperature[0] > 0 and position_M is not None:
+        heads_MHD[:, :q_heads] *= attention_temperature(position_M, *temperature)[:, None, None]
     return heads_MHD.flatten(1)
 
 

@@ -259,17 +259,6 @@ inline void __syncwarp() { emulator::arrive(emulator::warp().barrier, emulator::
 inline void __syncthreads() { emulator::arrive(emulator::now->block->barrier, emulator::now->block->live); }
 
 template <class T>
-inline T __shfl_xor_sync(unsigned, T value, int mask) {
-  using namespace emulator;
-  memcpy(&warp().words[lane()][0], &value, 4);
-  arrive(warp().barrier, kLanes);
-  T other;
-  memcpy(&other, &warp().words[lane() ^ mask][0], 4);
-  arrive(warp().barrier, kLanes);
-  return other;
-}
-
-template <class T>
 inline T __shfl_sync(unsigned, T value, int from) {
   using namespace emulator;
   memcpy(&warp().words[lane()][0], &value, 4);
@@ -278,6 +267,11 @@ inline T __shfl_sync(unsigned, T value, int from) {
   memcpy(&other, &warp().words[from][0], 4);
   arrive(warp().barrier, kLanes);
   return other;
+}
+
+template <class T>
+inline T __shfl_xor_sync(unsigned all, T value, int mask) {
+  return __shfl_sync(all, value, emulator::lane() ^ mask);
 }
 
 namespace kilotok {
