@@ -128,9 +128,10 @@ def test_front_ends_with_its_engine_and_the_keeper_answers(bench: TrtllmBench) -
 def test_engine_ends_with_its_front(bench: TrtllmBench) -> None:
     bench.up("one")
     front = bench.record().slots["a"]["process"]
-    engine = engine_of(bench)
+    engine = service.identity(engine_of(bench))
+    assert engine
     os.kill(front["pid"], signal.SIGKILL)
-    assert service.wait_gone(service.identity(engine).to_dict() if service.identity(engine) else None, 5)
+    assert service.wait_gone(engine.to_dict(), 5)
 
 
 def engine_of(bench: TrtllmBench) -> int:
